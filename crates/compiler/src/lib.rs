@@ -1,0 +1,1 @@
+//! Graph to Program: named passes, fusion into row programs, memory planning.

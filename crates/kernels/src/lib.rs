@@ -1,0 +1,60 @@
+//! CPU kernels: matmul, rounded matmul, attention, row programs and data movement.
+//!
+//! This crate knows memory, strides and instructions sets; it does not know graphs, models or files. Every kernel
+//! file has the same order: formula and source, scalar reference, fast versions, the choice at run time, tests
+//! that hold them together. Start at [`mem`] (what kernels work on) and [`cpu`] (what the machine can do).
+
+pub mod mem;
+
+pub use mem::{AlignedBytes, Memory, View};
+
+/// What a kernel refuses.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A view names a slab that does not exist.
+    #[error("kernels: no slab {slab}")]
+    NoSlab {
+        /// Index asked for.
+        slab: usize,
+    },
+    /// A view reaches past the end of its slab.
+    #[error("kernels: view needs {need} bytes of slab {slab}, which has {have}")]
+    Bounds {
+        /// Slab index.
+        slab: usize,
+        /// Bytes up to the view's end.
+        need: usize,
+        /// Bytes of the slab.
+        have: usize,
+    },
+    /// An output lies in a shared slab.
+    #[error("kernels: slab {slab} is shared and cannot be written")]
+    ReadOnly {
+        /// Slab index.
+        slab: usize,
+    },
+    /// An output overlaps another operand.
+    #[error("kernels: output {out:?} overlaps {other:?}")]
+    Overlap {
+        /// The output.
+        out: Box<View>,
+        /// What it overlaps.
+        other: Box<View>,
+    },
+    /// A view has the wrong element type or layout for this kernel.
+    #[error("kernels: want {want}, got {view:?}")]
+    View {
+        /// What the kernel takes.
+        want: &'static str,
+        /// What it got.
+        view: Box<View>,
+    },
+    /// Operands whose shapes do not fit each other.
+    #[error("kernels: {op}: {what}")]
+    Shape {
+        /// The kernel.
+        op: &'static str,
+        /// The shapes and what is wrong with them.
+        what: String,
+    },
+}

@@ -1,0 +1,299 @@
+//! Memory that kernels read and write: slabs of aligned bytes, addressed by checked views.
+//!
+//! Callers hold no pointers. They name a slab and a [`Layout`] in it; every kernel resolves its views through
+//! [`Memory::resolve`] first, which checks bounds, element type, writability and overlap. Thus the crates above
+//! need no `unsafe` to hand one arena's pieces to one kernel as inputs and outputs.
+
+use crate::Error;
+use sparsam_dtype::{DType, Layout};
+use std::sync::Arc;
+
+/// One cache line: the unit and alignment of every allocation.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// A zeroed allocation of bytes, aligned to 64.
+#[derive(Clone, Default)]
+pub struct AlignedBytes {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+impl AlignedBytes {
+    /// `len` zero bytes.
+    pub fn zeroed(len: usize) -> AlignedBytes {
+        AlignedBytes { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+
+    /// A copy of `bytes`.
+    pub fn from_slice(bytes: &[u8]) -> AlignedBytes {
+        let mut a = AlignedBytes::zeroed(bytes.len());
+        a.bytes_mut().copy_from_slice(bytes);
+        a
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+
+    /// All bytes, writable.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
+
+/// A strided piece of one slab; offsets and strides count elements of `dtype`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// Index of the slab in its [`Memory`].
+    pub slab: usize,
+    /// Element type: a plain number, never a block format.
+    pub dtype: DType,
+    /// Where the elements lie.
+    pub layout: Layout,
+}
+
+impl View {
+    /// The whole tensor `shape` at the start of `slab`.
+    pub fn contiguous(slab: usize, dtype: DType, shape: &[usize]) -> View {
+        View { slab, dtype, layout: Layout::contiguous(shape) }
+    }
+}
+
+enum Slab {
+    Owned(AlignedBytes),
+    Shared(Arc<AlignedBytes>),
+}
+
+/// The slabs that a program runs on: its arena, inputs, states (owned) and plain weights (shared, read-only).
+#[derive(Default)]
+pub struct Memory {
+    slabs: Vec<Slab>,
+}
+
+/// A resolved view: the address of element `[0, 0, ..]`. Valid while the `&mut Memory` it came from is held.
+#[derive(Clone, Copy)]
+pub(crate) struct Ptr(pub *mut u8);
+
+// SAFETY: a `Ptr` is only an address; each kernel that shares it between threads states why its accesses are disjoint.
+unsafe impl Send for Ptr {}
+// SAFETY: as above.
+unsafe impl Sync for Ptr {}
+
+impl Memory {
+    /// No slabs.
+    pub fn new() -> Memory {
+        Memory::default()
+    }
+
+    /// Adds a slab of `bytes` zero bytes that kernels may write; returns its index.
+    pub fn add_owned(&mut self, bytes: usize) -> usize {
+        self.slabs.push(Slab::Owned(AlignedBytes::zeroed(bytes)));
+        self.slabs.len() - 1
+    }
+
+    /// Adds a read-only slab; returns its index.
+    pub fn add_shared(&mut self, bytes: Arc<AlignedBytes>) -> usize {
+        self.slabs.push(Slab::Shared(bytes));
+        self.slabs.len() - 1
+    }
+
+    /// Puts a zeroed owned slab of `bytes` in the place of slab `slab`.
+    pub fn reset_owned(&mut self, slab: usize, bytes: usize) {
+        self.slabs[slab] = Slab::Owned(AlignedBytes::zeroed(bytes));
+    }
+
+    /// Puts a read-only slab in the place of slab `slab`.
+    pub fn reset_shared(&mut self, slab: usize, bytes: Arc<AlignedBytes>) {
+        self.slabs[slab] = Slab::Shared(bytes);
+    }
+
+    /// The bytes of a slab.
+    pub fn bytes(&self, slab: usize) -> &[u8] {
+        match &self.slabs[slab] {
+            Slab::Owned(a) => a.bytes(),
+            Slab::Shared(a) => a.bytes(),
+        }
+    }
+
+    /// The bytes of an owned slab, writable; [`Error::ReadOnly`] if it is shared.
+    pub fn bytes_mut(&mut self, slab: usize) -> Result<&mut [u8], Error> {
+        match &mut self.slabs[slab] {
+            Slab::Owned(a) => Ok(a.bytes_mut()),
+            Slab::Shared(_) => Err(Error::ReadOnly { slab }),
+        }
+    }
+
+    /// The elements of a contiguous f32 view.
+    pub fn f32(&self, view: &View) -> Result<&[f32], Error> {
+        self.check_bounds(view)?;
+        if view.dtype != DType::F32 || !view.layout.is_contiguous() {
+            return Err(Error::View { want: "contiguous F32", view: Box::new(view.clone()) });
+        }
+        let start = view.layout.offset * 4;
+        Ok(bytemuck::cast_slice(&self.bytes(view.slab)[start..start + view.layout.numel() * 4]))
+    }
+
+    fn check_bounds(&self, view: &View) -> Result<(), Error> {
+        let have = match self.slabs.get(view.slab) {
+            Some(Slab::Owned(a)) => a.len(),
+            Some(Slab::Shared(a)) => a.len(),
+            None => return Err(Error::NoSlab { slab: view.slab }),
+        };
+        if view.dtype.is_block() {
+            return Err(Error::View { want: "plain numbers", view: Box::new(view.clone()) });
+        }
+        let need = view.layout.end() * view.dtype.block_bytes();
+        if need > have {
+            return Err(Error::Bounds { slab: view.slab, need, have });
+        }
+        Ok(())
+    }
+
+    /// Addresses of outputs and inputs of one kernel call, checked.
+    ///
+    /// Every view lies within its slab; outputs lie in owned slabs, overlap neither each other nor any input,
+    /// except that with `in_place` an input may be the very same view as an output.
+    pub(crate) fn resolve<const O: usize, const I: usize>(
+        &mut self,
+        outs: [&View; O],
+        ins: [&View; I],
+        in_place: bool,
+    ) -> Result<([Ptr; O], [Ptr; I]), Error> {
+        let (outs, ins) = self.resolve_slices(&outs, &ins, in_place)?;
+        Ok((std::array::from_fn(|i| outs[i]), std::array::from_fn(|i| ins[i])))
+    }
+
+    /// [`Memory::resolve`] for numbers of views known only at run time.
+    pub(crate) fn resolve_slices(
+        &mut self,
+        outs: &[&View],
+        ins: &[&View],
+        in_place: bool,
+    ) -> Result<(Vec<Ptr>, Vec<Ptr>), Error> {
+        for view in outs.iter().chain(ins) {
+            self.check_bounds(view)?;
+        }
+        for (i, out) in outs.iter().enumerate() {
+            if matches!(self.slabs[out.slab], Slab::Shared(_)) {
+                return Err(Error::ReadOnly { slab: out.slab });
+            }
+            let clash = outs[..i].iter().find(|v| overlap(out, v)).or_else(|| {
+                ins.iter().find(|v| overlap(out, v) && !(in_place && v.layout == out.layout && v.dtype == out.dtype))
+            });
+            if let Some(other) = clash {
+                return Err(Error::Overlap { out: Box::new((*out).clone()), other: Box::new((*other).clone()) });
+            }
+        }
+        let mut address = |v: &&View| {
+            let base = match &mut self.slabs[v.slab] {
+                Slab::Owned(a) => a.lines.as_mut_ptr().cast::<u8>(),
+                Slab::Shared(a) => a.lines.as_ptr().cast::<u8>().cast_mut(),
+            };
+            Ptr(base.wrapping_add(v.layout.offset * v.dtype.block_bytes()))
+        };
+        let outs = outs.iter().map(&mut address).collect();
+        let ins = ins.iter().map(&mut address).collect();
+        Ok((outs, ins))
+    }
+}
+
+/// Whether two views may share an element. Exact for disjoint hulls and for column ranges of one matrix
+/// (parts of a concatenation along the last axis); otherwise errs towards `true`.
+fn overlap(a: &View, b: &View) -> bool {
+    if a.slab != b.slab || a.layout.numel() == 0 || b.layout.numel() == 0 {
+        return false;
+    }
+    let hull = |v: &View| {
+        let size = v.dtype.block_bytes();
+        (v.layout.offset * size, v.layout.end() * size)
+    };
+    let ((a0, a1), (b0, b1)) = (hull(a), hull(b));
+    if a1 <= b0 || b1 <= a0 {
+        return false;
+    }
+    if a.dtype != b.dtype {
+        return true;
+    }
+    // Both are rows of one period: disjoint if their column ranges within the period are.
+    let Some(period) = period(&a.layout).into_iter().chain(period(&b.layout)).min() else { return true };
+    match (columns(&a.layout, period), columns(&b.layout, period)) {
+        (Some((a0, a1)), Some((b0, b1))) => !(a1 <= b0 || b1 <= a0),
+        _ => true,
+    }
+}
+
+/// The smallest stride that jumps over a whole contiguous row.
+fn period(l: &Layout) -> Option<usize> {
+    let mut row = 1;
+    for (&n, &s) in l.shape.iter().zip(&l.strides).rev() {
+        if n == 1 || s == 0 {
+            continue;
+        }
+        if s > row {
+            return Some(s);
+        }
+        row = s * n;
+    }
+    None
+}
+
+/// The range of columns that `l` touches if all its larger strides are multiples of `period`.
+fn columns(l: &Layout, period: usize) -> Option<(usize, usize)> {
+    let mut last = 0;
+    for (&n, &s) in l.shape.iter().zip(&l.strides) {
+        if n > 1 && s % period != 0 {
+            last += (n - 1) * s;
+        }
+    }
+    let first = l.offset % period;
+    (first + last < period).then_some((first, first + last + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(slab: usize, layout: Layout) -> View {
+        View { slab, dtype: DType::F32, layout }
+    }
+
+    #[test]
+    fn resolve_checks_bounds_overlap_and_ownership() {
+        let mut m = Memory::new();
+        let s = m.add_owned(4 * 24);
+        let r = m.add_shared(Arc::new(AlignedBytes::zeroed(16)));
+        let whole = Layout::contiguous(&[4, 6]);
+        let left = view(s, whole.slice(1, 0, 3));
+        let right = view(s, whole.slice(1, 3, 6));
+        let wide = view(s, whole.slice(1, 2, 6));
+        assert!(m.resolve([&left, &right], [], false).is_ok());
+        assert!(matches!(m.resolve([&left], [&wide], false), Err(Error::Overlap { .. })));
+        assert!(m.resolve([&left], [&left], true).is_ok());
+        assert!(matches!(m.resolve([&left], [&left], false), Err(Error::Overlap { .. })));
+        let shared = View::contiguous(r, DType::F32, &[4]);
+        assert!(matches!(m.resolve([&shared], [], false), Err(Error::ReadOnly { .. })));
+        let long = View::contiguous(s, DType::F32, &[25]);
+        assert!(matches!(m.resolve([], [&long], false), Err(Error::Bounds { need: 100, have: 96, .. })));
+    }
+
+    #[test]
+    fn rows_of_one_matrix_overlap_only_where_they_do() {
+        let whole = Layout::contiguous(&[4, 6]);
+        assert!(!overlap(&view(0, whole.slice(0, 0, 2)), &view(0, whole.slice(0, 2, 4))));
+        assert!(overlap(&view(0, whole.slice(0, 0, 3)), &view(0, whole.slice(0, 2, 4))));
+        assert!(overlap(&view(0, whole.clone()), &view(0, whole.permute(&[1, 0]))));
+    }
+}

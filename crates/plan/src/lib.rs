@@ -1,0 +1,1 @@
+//! Scaling laws, bills and what fits where: pure arithmetic.

@@ -1,0 +1,1 @@
+//! Test helpers: the real model, goldens, tolerances, finite differences (development only).
