@@ -14,7 +14,7 @@ pub use layout::Layout;
 ///
 /// A block format packs `block_len` consecutive elements of a row into `block_bytes` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(non_camel_case_types)]
+#[allow(non_camel_case_types, missing_docs)] // plain numbers are named as everywhere
 pub enum DType {
     F32,
     F16,

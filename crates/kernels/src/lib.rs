@@ -4,9 +4,29 @@
 //! file has the same order: formula and source, scalar reference, fast versions, the choice at run time, tests
 //! that hold them together. Start at [`mem`] (what kernels work on) and [`cpu`] (what the machine can do).
 
+pub mod attention;
+pub mod cpu;
+pub mod matmul;
 pub mod mem;
+pub mod movement;
+mod pool;
+pub mod row;
+pub mod weight;
 
+pub use cpu::{Context, Cpu, Simd};
 pub use mem::{AlignedBytes, Memory, View};
+pub use pool::Pool;
+
+/// In what precision a matmul reads its activations; sums are f32 (8-bit: i32 per block, then f32).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f32 activations; rounded weights are decoded.
+    F32,
+    /// Activations and weights rounded to bf16.
+    Bf16,
+    /// Activations rounded per row in blocks of 32 to 8 bits.
+    Int8,
+}
 
 /// What a kernel refuses.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +60,14 @@ pub enum Error {
         out: Box<View>,
         /// What it overlaps.
         other: Box<View>,
+    },
+    /// `SPARSAM_SIMD` asks for what does not exist.
+    #[error("SPARSAM_SIMD={name}: this machine runs scalar up to {best}; unset it or choose one of these")]
+    Simd {
+        /// The value.
+        name: String,
+        /// The most that the machine has.
+        best: &'static str,
     },
     /// A view has the wrong element type or layout for this kernel.
     #[error("kernels: want {want}, got {view:?}")]

@@ -191,10 +191,15 @@ impl Memory {
                 return Err(Error::ReadOnly { slab: out.slab });
             }
             let clash = outs[..i].iter().find(|v| overlap(out, v)).or_else(|| {
-                ins.iter().find(|v| overlap(out, v) && !(in_place && v.layout == out.layout && v.dtype == out.dtype))
+                ins.iter().find(|v| {
+                    overlap(out, v) && !(in_place && v.layout == out.layout && v.dtype == out.dtype)
+                })
             });
             if let Some(other) = clash {
-                return Err(Error::Overlap { out: Box::new((*out).clone()), other: Box::new((*other).clone()) });
+                return Err(Error::Overlap {
+                    out: Box::new((*out).clone()),
+                    other: Box::new((*other).clone()),
+                });
             }
         }
         let mut address = |v: &&View| {

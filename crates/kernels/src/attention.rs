@@ -1,0 +1,1 @@
+//! Exact causal attention in tiles.

@@ -1,0 +1,1 @@
+//! Row programs: straight-line code over tiles of rows.

@@ -1,0 +1,1 @@
+//! Packed weights, rounded or not, and products with them.
