@@ -21,9 +21,23 @@ pub struct AlignedBytes {
 }
 
 impl AlignedBytes {
-    /// `len` zero bytes.
+    /// `len` zero bytes. Large ones cost no memory before they are touched: the system hands out zero pages.
     pub fn zeroed(len: usize) -> AlignedBytes {
-        AlignedBytes { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+        let n = len.div_ceil(64);
+        if n == 0 {
+            return AlignedBytes::default();
+        }
+        let layout = std::alloc::Layout::array::<Line>(n).expect("an allocation fits the address space");
+        // SAFETY: the layout has a size above 0; `Line` is valid when all its bytes are 0; pointer, length and
+        // capacity are those of one allocation of `n` lines by the global allocator with `Vec<Line>`'s layout.
+        let lines = unsafe {
+            let p = std::alloc::alloc_zeroed(layout).cast::<Line>();
+            if p.is_null() {
+                std::alloc::handle_alloc_error(layout);
+            }
+            Vec::from_raw_parts(p, n, n)
+        };
+        AlignedBytes { lines, len }
     }
 
     /// A copy of `bytes`.
@@ -273,6 +287,17 @@ mod tests {
 
     fn view(slab: usize, layout: Layout) -> View {
         View { slab, dtype: DType::F32, layout }
+    }
+
+    #[test]
+    fn zeroed_is_aligned_and_zero() {
+        for len in [0, 1, 63, 64, 65, 100_000] {
+            let mut a = AlignedBytes::zeroed(len);
+            assert!(a.len() == len && a.bytes().iter().all(|&b| b == 0));
+            assert!(len == 0 || a.bytes().as_ptr().addr().is_multiple_of(64));
+            a.bytes_mut().fill(1);
+            assert_eq!(a.clone().bytes(), a.bytes());
+        }
     }
 
     #[test]
