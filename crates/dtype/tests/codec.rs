@@ -1,0 +1,146 @@
+//! The codec held to llama.cpp's `gguf` package, and to what it says of bad input.
+
+use proptest::prelude::*;
+use sparsam_dtype::codec::{CodecError, can_decode, can_encode, decode, encode};
+use sparsam_dtype::{DType, f16};
+
+/// A golden file of `scripts/goldens/formats_codec.py`: the number of blocks, and what follows.
+fn golden(name: &str) -> (usize, Vec<u8>) {
+    let path = format!("{}/tests/golden/{name}.bin", env!("CARGO_MANIFEST_DIR"));
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let n = u32::from_le_bytes(bytes[..4].try_into().unwrap());
+    (n as usize, bytes[4..].to_vec())
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+#[test]
+fn decodes_bit_for_bit_as_the_gguf_package() {
+    use DType::*;
+    for dtype in [F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS] {
+        let (n, file) = golden(&format!("decode_{dtype}"));
+        let (blocks, values) = file.split_at(n * dtype.block_bytes());
+        let want = floats(values);
+        assert!(n > 0 && want.len() == n * dtype.block_len(), "{dtype}: the golden file's length");
+        let mut got = vec![0.0; want.len()];
+        decode(dtype, blocks, &mut got).unwrap();
+        for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+            assert_eq!(g.to_bits(), w.to_bits(), "{dtype}, element {i}: {g} instead of {w}");
+        }
+    }
+}
+
+#[test]
+fn encodes_to_the_bytes_of_the_gguf_package() {
+    use DType::*;
+    for dtype in [F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0] {
+        let (n, file) = golden(&format!("encode_{dtype}"));
+        let (values, want) = file.split_at(n * dtype.block_len() * 4);
+        let mut got = vec![0; n * dtype.block_bytes()];
+        assert!(n > 0 && want.len() == got.len(), "{dtype}: the golden file's length");
+        encode(dtype, &floats(values), &mut got).unwrap();
+        for (i, (g, w)) in got.chunks(dtype.block_bytes()).zip(want.chunks(dtype.block_bytes())).enumerate() {
+            assert_eq!(g, w, "{dtype}, block {i}");
+        }
+    }
+}
+
+/// The package has no decoder for the two activation formats: one block each, by hand.
+#[test]
+fn decodes_the_activation_formats() {
+    let mut block = vec![0u8; 36];
+    block[..2].copy_from_slice(&f16::from_f32(0.25).to_le_bytes());
+    block[2..4].copy_from_slice(&f16::from_f32(99.0).to_le_bytes());
+    block[4] = 4;
+    block[35] = -128i8 as u8;
+    let mut out = [f32::NAN; 32];
+    decode(DType::Q8_1, &block, &mut out).unwrap();
+    assert_eq!((out[0], out[1], out[31]), (1.0, 0.0, -32.0));
+
+    let mut block = vec![0u8; 292];
+    block[..4].copy_from_slice(&0.5f32.to_le_bytes());
+    block[4 + 7] = -3i8 as u8;
+    block[4 + 255] = 127;
+    block[260..].fill(0xFF); // group sums: not read
+    let mut out = [f32::NAN; 256];
+    decode(DType::Q8_K, &block, &mut out).unwrap();
+    assert_eq!((out[7], out[8], out[255]), (-1.5, 0.0, 63.5));
+}
+
+#[test]
+fn says_what_is_wrong() {
+    let mut out = [0.0; 32];
+    let check = |r: Result<(), CodecError>, parts: &[&str]| {
+        let said = r.unwrap_err().to_string();
+        assert!(parts.iter().all(|p| said.contains(p)), "{said:?} lacks one of {parts:?}");
+    };
+    check(decode(DType::Q4_0, &[0; 17], &mut out), &["32 elements of Q4_0", "18 bytes", "17 were given"]);
+    check(
+        decode(DType::Q4_0, &[0; 18], &mut out[..31]),
+        &["31 elements", "Q4_0 blocks of 32", "pad the row"],
+    );
+    check(decode(DType::I32, &[0; 128], &mut out), &["I32 is an integer type"]);
+    check(encode(DType::F16, &out, &mut [0; 63]), &["take 64 bytes"]);
+    check(encode(DType::U8, &out, &mut [0; 32]), &["U8 cannot be written", "choose one of F32, F16, BF16"]);
+}
+
+#[test]
+fn tables_of_what_can_be_done_are_true() {
+    for dtype in DType::ALL {
+        let n = dtype.block_len();
+        let mut bytes = vec![0; dtype.block_bytes()];
+        let mut x = vec![0.0; n];
+        assert_eq!(decode(dtype, &bytes, &mut x).is_ok(), can_decode(dtype), "{dtype}");
+        assert_eq!(encode(dtype, &x, &mut bytes).is_ok(), can_encode(dtype), "{dtype}");
+        assert_eq!(decode(dtype, &[], &mut []).is_ok(), can_decode(dtype), "{dtype}: no elements");
+    }
+}
+
+proptest! {
+    /// Any bytes decode without a panic: rows come from files.
+    #[test]
+    fn any_block_decodes(bytes in proptest::collection::vec(any::<u8>(), 292)) {
+        for dtype in DType::ALL.into_iter().filter(|&d| can_decode(d)) {
+            let mut out = vec![0.0; dtype.block_len()];
+            decode(dtype, &bytes[..dtype.block_bytes()], &mut out).unwrap();
+        }
+    }
+
+    /// Nearest rounding errs by half a step at most (a whole one where 8-value ranges are cut at 7).
+    #[test]
+    fn nearest_is_within_a_step(x in proptest::collection::vec(-1.0f32..1.0, 32)) {
+        for (dtype, steps) in [(DType::Q4_0, 8.0), (DType::Q4_1, 15.0), (DType::Q5_0, 16.0), (DType::Q5_1, 31.0), (DType::Q8_0, 127.0)] {
+            let mut bytes = vec![0; dtype.block_bytes()];
+            encode(dtype, &x, &mut bytes).unwrap();
+            let mut y = vec![0.0; 32];
+            decode(dtype, &bytes, &mut y).unwrap();
+            let (lo, hi) = x.iter().fold((0.0f32, 0.0f32), |(a, b), &v| (a.min(v), b.max(v)));
+            let reach = if matches!(dtype, DType::Q4_1 | DType::Q5_1) { hi - lo } else { hi.max(-lo) };
+            // The scale and the minimum are f16: 2^-11 relative each.
+            let bound = reach / steps + 2.0 * reach.max(hi).max(-lo) / 2048.0 + 1e-7;
+            for (a, b) in x.iter().zip(&y) {
+                prop_assert!((a - b).abs() <= bound, "{dtype}: {a} became {b}, bound {bound}");
+            }
+        }
+    }
+
+    /// Plain types: a value that the type holds comes back as it was.
+    #[test]
+    fn plain_types_round_trip(bits in proptest::collection::vec(any::<u16>(), 0..600)) {
+        for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+            let x: Vec<f32> = bits.iter().map(|&b| match dtype {
+                DType::BF16 => sparsam_dtype::bf16::from_bits(b).to_f32(),
+                _ => f16::from_bits(b).to_f32(),
+            }).collect();
+            let mut bytes = vec![0; dtype.bytes_for(x.len()).unwrap()];
+            encode(dtype, &x, &mut bytes).unwrap();
+            let mut y = vec![0.0; x.len()];
+            decode(dtype, &bytes, &mut y).unwrap();
+            for (a, b) in x.iter().zip(&y) {
+                prop_assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(), "{dtype}: {a} became {b}");
+            }
+        }
+    }
+}
