@@ -5,6 +5,7 @@
 //! that hold them together. Start at [`mem`] (what kernels work on) and [`cpu`] (what the machine can do).
 
 pub mod attention;
+mod convert;
 pub mod cpu;
 pub mod matmul;
 pub mod mem;

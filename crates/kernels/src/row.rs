@@ -1,1 +1,0 @@
-//! Row programs: straight-line code over tiles of rows.
