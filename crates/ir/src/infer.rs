@@ -15,6 +15,7 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
         Op::Select | Op::ScatterRows => 3,
         Op::Concat { .. } => inputs.len().max(1),
         Op::Attention(a) => match a.layout {
+            AttentionLayout::Packed if a.part.is_grad() => 7,
             AttentionLayout::Packed => 4,
             AttentionLayout::Paged { .. } => 6,
         },
@@ -184,8 +185,23 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
                 ));
             }
             let n = &q[..1];
-            for i in 3..inputs.len() {
+            let index = 3..if a.part.is_grad() { 4 } else { inputs.len() };
+            for i in index {
                 want(i, DType::I32)?;
+            }
+            if a.part.is_grad() {
+                let out = [q[0], q[1], v[2]];
+                let paged = matches!(a.layout, AttentionLayout::Paged { .. });
+                if paged || shape(4) != out || shape(5) != &q[..2] || shape(6) != out {
+                    return Err(format!(
+                        "q {q:?}, v {v:?}: gradients want the packed layout, out and its gradient {out:?} and the \
+                         log-sum-exp, got {:?}, {:?}, {:?}",
+                        shape(4),
+                        shape(6),
+                        shape(5)
+                    ));
+                }
+                (4..7).try_for_each(|i| want(i, DType::F32))?;
             }
             let ok = match a.layout {
                 AttentionLayout::Packed => k[0] == q[0] && shape(3) == n,
@@ -201,6 +217,9 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
             Ok(match a.part {
                 AttentionPart::Out => (vec![q[0], q[1], v[2]], DType::F32),
                 AttentionPart::LogSumExp => (vec![q[0], q[1]], DType::F32),
+                AttentionPart::GradQ => (q.to_vec(), DType::F32),
+                AttentionPart::GradK => (k.to_vec(), DType::F32),
+                AttentionPart::GradV => (v.to_vec(), DType::F32),
             })
         }
         Op::Assign => {

@@ -260,7 +260,13 @@ fn attention(a: &Attention, inputs: &[&Value]) -> Result<Vec<f64>, InterpretErro
     let (q, k, v) = (inputs[0], inputs[1], inputs[2]);
     let [n, heads, dim] = [q.shape[0], q.shape[1], q.shape[2]];
     let [rows, kv_heads, v_dim] = [k.shape[0], k.shape[1], v.shape[2]];
-    let mut out = Vec::new();
+    let mut out = match a.part {
+        AttentionPart::Out => vec![0.0; n * heads * v_dim],
+        AttentionPart::LogSumExp => vec![0.0; n * heads],
+        AttentionPart::GradQ => vec![0.0; q.data.len()],
+        AttentionPart::GradK => vec![0.0; k.data.len()],
+        AttentionPart::GradV => vec![0.0; v.data.len()],
+    };
     for i in 0..n {
         // The slots of the keys that row i sees, oldest first.
         let slots: Vec<usize> = match a.layout {
@@ -284,32 +290,56 @@ fn attention(a: &Attention, inputs: &[&Value]) -> Result<Vec<f64>, InterpretErro
         let first = a.window.map_or(0, |w| slots.len().saturating_sub(w));
         for h in 0..heads {
             let kv = h / (heads / kv_heads);
+            let row = i * heads + h;
+            let key = |s: usize| &k.data[(s * kv_heads + kv) * dim..][..dim];
+            let value = |s: usize| &v.data[(s * kv_heads + kv) * v_dim..][..v_dim];
+            let query = &q.data[row * dim..][..dim];
             let scores: Vec<f64> = slots[first..]
                 .iter()
                 .map(|&s| {
-                    let dot: f64 = (0..dim)
-                        .map(|d| q.data[(i * heads + h) * dim + d] * k.data[(s * kv_heads + kv) * dim + d])
-                        .sum();
-                    let s = dot * a.scale.get();
+                    let s = dot(query, key(s)) * a.scale.get();
                     a.softcap.map_or(s, |c| c.get() * (s / c.get()).tanh())
                 })
                 .collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let seen = || scores.iter().map(|s| (s - max).exp() / total).zip(&scores).zip(&slots[first..]);
             match a.part {
                 AttentionPart::LogSumExp => {
-                    out.push(if scores.is_empty() { f64::NEG_INFINITY } else { max + total.ln() })
+                    out[row] = if scores.is_empty() { f64::NEG_INFINITY } else { max + total.ln() };
                 }
-                AttentionPart::Out => out.extend((0..v_dim).map(|d| {
-                    let weigh = |(s, &slot): (&f64, &usize)| {
-                        (s - max).exp() / total * v.data[(slot * kv_heads + kv) * v_dim + d]
-                    };
-                    scores.iter().zip(&slots[first..]).map(weigh).sum::<f64>()
-                })),
+                AttentionPart::Out => {
+                    for ((p, _), &s) in seen() {
+                        (0..v_dim).for_each(|d| out[row * v_dim + d] += p * value(s)[d]);
+                    }
+                }
+                // dV = P^T dO; dS = P (dP - sum(dO O)), through the soft cap; dQ = dS K, dK = dS^T Q.
+                AttentionPart::GradQ | AttentionPart::GradK | AttentionPart::GradV => {
+                    let d_out = &inputs[6].data[row * v_dim..][..v_dim];
+                    let own: f64 = seen().map(|((p, _), &s)| p * dot(d_out, value(s))).sum();
+                    for ((p, &score), &s) in seen() {
+                        let cap = a.softcap.map_or(1.0, |c| 1.0 - (score / c.get()).powi(2));
+                        let d_score = p * (dot(d_out, value(s)) - own) * cap * a.scale.get();
+                        let at = s * kv_heads + kv;
+                        match a.part {
+                            AttentionPart::GradQ => {
+                                (0..dim).for_each(|d| out[row * dim + d] += d_score * key(s)[d])
+                            }
+                            AttentionPart::GradK => {
+                                (0..dim).for_each(|d| out[at * dim + d] += d_score * query[d])
+                            }
+                            _ => (0..v_dim).for_each(|d| out[at * v_dim + d] += p * d_out[d]),
+                        }
+                    }
+                }
             }
         }
     }
     Ok(out)
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
 fn index(op: &'static str, at: f64, limit: usize) -> Result<usize, InterpretError> {
@@ -367,7 +397,8 @@ fn cast(x: f64, to: DType) -> f64 {
         DType::I32 => x as i32 as f64,
         DType::I8 => x as i8 as f64,
         DType::U8 => x as u8 as f64,
-        _ => round(x, to),
+        // Floats are rounded like every result, where results are rounded.
+        _ => x,
     }
 }
 

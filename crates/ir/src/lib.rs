@@ -16,6 +16,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod grad;
 mod graph;
 mod infer;
 pub mod interpret;
@@ -24,6 +25,7 @@ mod print;
 mod trace;
 mod verify;
 
+pub use grad::grad;
 pub use graph::{Graph, Node, NodeId};
 pub use infer::infer;
 pub use op::{Attention, AttentionLayout, AttentionPart, Binary, Op, Precision, Real, Reduction, Unary};

@@ -88,6 +88,23 @@ pub enum AttentionPart {
     Out,
     /// (N, n_heads): log of the sum of exponentials of the scores, kept for the backward pass.
     LogSumExp,
+    /// Shape of q: the gradient towards the queries. This part and the next two take three more inputs: the `Out` and
+    /// `LogSumExp` of the same inputs, and the gradient of `Out` (Dao et al. 2022, algorithm 4). Packed layout only.
+    GradQ,
+    /// Shape of k: the gradient towards the keys.
+    GradK,
+    /// Shape of v: the gradient towards the values.
+    GradV,
+}
+
+impl AttentionPart {
+    /// Whether this is a gradient.
+    pub fn is_grad(self) -> bool {
+        match self {
+            AttentionPart::Out | AttentionPart::LogSumExp => false,
+            AttentionPart::GradQ | AttentionPart::GradK | AttentionPart::GradV => true,
+        }
+    }
 }
 
 /// Where the keys of a row lie.

@@ -47,9 +47,13 @@ pub(crate) fn op_text(op: &Op) -> String {
             if let Some(c) = a.softcap {
                 s += &format!(" softcap {c:?}");
             }
-            if a.part == AttentionPart::LogSumExp {
-                s += " lse";
-            }
+            s += match a.part {
+                AttentionPart::Out => "",
+                AttentionPart::LogSumExp => " lse",
+                AttentionPart::GradQ => " grad q",
+                AttentionPart::GradK => " grad k",
+                AttentionPart::GradV => " grad v",
+            };
             s
         }
         Op::Assign => "assign".into(),

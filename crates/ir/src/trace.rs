@@ -154,7 +154,17 @@ impl Trace {
         self.push(Op::Concat { axis }, parts)
     }
 
-    fn nothing(&self) -> Tensor {
+    /// The node `id` as a value to compute on.
+    pub(crate) fn tensor(&self, id: NodeId) -> Tensor {
+        Tensor { trace: self.clone(), id: Some(id) }
+    }
+
+    /// The graph as recorded so far.
+    pub(crate) fn so_far(&self) -> std::cell::Ref<'_, Graph> {
+        std::cell::Ref::map(self.0.borrow(), |r| &r.graph)
+    }
+
+    pub(crate) fn nothing(&self) -> Tensor {
         Tensor { trace: self.clone(), id: None }
     }
 
