@@ -1,0 +1,82 @@
+//! Working memory of one kernel call, kept by each thread for the next one.
+
+use crate::AlignedBytes;
+use std::cell::RefCell;
+
+thread_local! {
+    /// Buffers that no call of this thread holds at the moment.
+    static FREE: RefCell<Vec<AlignedBytes>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A buffer of at least the asked size, aligned to 64 bytes, with arbitrary (initialised) contents.
+pub(crate) struct Scratch(AlignedBytes);
+
+impl Scratch {
+    /// A buffer for `n` values of `T`; reuses the largest free one and replaces it if it is too small.
+    pub fn of<T>(n: usize) -> Scratch {
+        let bytes = n * size_of::<T>();
+        let free = FREE.with_borrow_mut(|free| {
+            let fits = free.iter().position(|b| b.len() >= bytes);
+            let largest = fits.or_else(|| (0..free.len()).max_by_key(|&i| free[i].len()));
+            largest.map(|i| free.swap_remove(i))
+        });
+        match free {
+            Some(buffer) if buffer.len() >= bytes => Scratch(buffer),
+            _ => Scratch(AlignedBytes::zeroed(bytes)),
+        }
+    }
+
+    /// Its address; valid until the buffer is dropped.
+    pub fn ptr<T>(&mut self) -> *mut T {
+        self.0.bytes_mut().as_mut_ptr().cast()
+    }
+
+    /// The same, to be shared by the tasks of a region.
+    pub fn shared<T>(&mut self) -> Shared<T> {
+        Shared(self.ptr())
+    }
+}
+
+/// The address of a scratch buffer that the tasks of a region share.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(*mut T);
+
+// SAFETY: only an address; each region that shares one states why its accesses are disjoint.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// Address of value `i`.
+    pub fn at(&self, i: usize) -> *mut T {
+        self.0.wrapping_add(i)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.0);
+        // A thread that is being torn down has no list any more: then the buffer is simply freed.
+        let _ = FREE.try_with(|free| {
+            if let Ok(mut free) = free.try_borrow_mut() {
+                free.push(buffer);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_nest_and_are_used_again() {
+        let mut a = Scratch::of::<f32>(100);
+        let mut b = Scratch::of::<f32>(1000);
+        assert_ne!(a.ptr::<u8>(), b.ptr::<u8>());
+        let large = b.ptr::<u8>();
+        drop(a);
+        drop(b);
+        assert_eq!(Scratch::of::<f32>(900).ptr::<u8>(), large);
+    }
+}
