@@ -12,6 +12,8 @@ pub mod mem;
 pub mod movement;
 mod pool;
 pub mod row;
+#[allow(dead_code, unused_imports, unused_macros)] // each kernel takes its part
+mod simd;
 #[allow(dead_code)] // kernel files take what they need of it
 mod vexp;
 pub mod weight;
