@@ -11,6 +11,7 @@ pub mod matmul;
 pub mod mem;
 pub mod movement;
 mod pool;
+pub mod roof;
 pub mod row;
 #[allow(dead_code, unused_imports, unused_macros)] // each kernel takes its part
 mod simd;
