@@ -17,7 +17,7 @@ pub(crate) mod tile;
 use crate::mem::Ptr;
 use crate::{Context, Error, Memory, Pool, Precision, View};
 use pack::{Lanes, Packing, pack};
-use scratch::Scratch;
+use scratch::{Scratch, Shared};
 use sparsam_dtype::{DType, Layout};
 use tile::{Args, PANEL, Tiles};
 
@@ -39,7 +39,7 @@ const TASK_STRIPS: usize = 16;
 const TASK_PANELS: usize = 8;
 
 /// Products of at most this many multiplications run on the calling thread: about 3 microseconds' worth.
-const SERIAL: usize = 1 << 17;
+pub(crate) const SERIAL: usize = 1 << 17;
 
 /// A result to be written: address and strides.
 #[derive(Clone, Copy)]
@@ -121,12 +121,12 @@ pub fn matmul(
         let tasks = if work <= SERIAL { 1 } else { batch.min(64) };
         ctx.pool().run(tasks, |t| {
             for i in t * batch / tasks..(t + 1) * batch / tasks {
-                product(ctx.pool(), &one(i), &tiles, packing);
+                product(ctx.pool(), &one(i).along_rows(), &tiles, packing);
             }
         });
     } else {
         for i in 0..batch {
-            product(ctx.pool(), &one(i), &tiles, packing);
+            product(ctx.pool(), &one(i).along_rows(), &tiles, packing);
         }
     }
     Ok(())
@@ -185,9 +185,41 @@ fn offset(l: &Layout, shape: &[usize], mut i: usize) -> usize {
     at
 }
 
-/// One product of two matrices. Its two operands are alike: swapping them gives the transposed result, bit for bit.
+/// A block of the right operand: columns `n0 .. n0 + nc`, elements `k0 .. k0 + kc` of the sum.
+pub(crate) struct Block {
+    pub n0: usize,
+    pub nc: usize,
+    pub k0: usize,
+    pub kc: usize,
+}
+
+/// A right operand: anything that can be packed into panels block by block.
+pub(crate) trait Right: Copy + Sync {
+    /// Into how many tasks packing a block of `nc` columns and `kc` elements falls.
+    fn tasks(&self, nc: usize, kc: usize) -> usize;
+    /// Packs one task's part of a block into `[panel][step][16]`.
+    fn pack(&self, task: usize, block: &Block, dst: Shared<f32>, packing: Packing);
+}
+
+impl Right for Lanes {
+    fn tasks(&self, nc: usize, _: usize) -> usize {
+        nc.div_ceil(PANEL * TASK_PANELS)
+    }
+
+    fn pack(&self, task: usize, block: &Block, dst: Shared<f32>, packing: Packing) {
+        let first = task * TASK_PANELS * PANEL;
+        for col in (first..block.nc.min(first + TASK_PANELS * PANEL)).step_by(PANEL) {
+            let dst = dst.at(col * packing.steps(block.kc));
+            let lanes = (block.nc - col).min(PANEL);
+            // SAFETY: the lanes lie within B; each panel has its own part of the scratch.
+            unsafe { pack(&self.at(block.n0 + col, block.k0), lanes, block.kc, dst, PANEL, packing) };
+        }
+    }
+}
+
+/// One product of two matrices.
 #[derive(Clone, Copy)]
-pub(crate) struct Product {
+pub(crate) struct Product<B> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -195,7 +227,19 @@ pub(crate) struct Product {
     /// Lanes are rows.
     pub a: Lanes,
     /// Lanes are columns.
-    pub b: Lanes,
+    pub b: B,
+}
+
+impl Product<Lanes> {
+    /// The two operands are alike: swapped, they give the transposed result, bit for bit. So a result that lies
+    /// column by column is computed as its transpose.
+    fn along_rows(self) -> Self {
+        if self.out.cs == 1 || self.out.rs != 1 {
+            return self;
+        }
+        let out = Out { rs: self.out.cs, cs: self.out.rs, ..self.out };
+        Product { m: self.n, n: self.m, k: self.k, out, a: self.b, b: self.a }
+    }
 }
 
 /// Runs tasks in a region, or one after the other where a region would cost more than it gives.
@@ -204,7 +248,7 @@ pub(crate) fn tasks(pool: &Pool, parallel: bool, n: usize, task: impl Fn(usize) 
 }
 
 /// Sets `rows` x `cols` elements to 0.
-fn clear(out: Out, rows: usize, cols: usize) {
+pub(crate) fn clear(out: Out, rows: usize, cols: usize) {
     for i in 0..rows {
         for j in 0..cols {
             // SAFETY: the output has `rows` x `cols` elements, checked at the door.
@@ -213,23 +257,14 @@ fn clear(out: Out, rows: usize, cols: usize) {
     }
 }
 
-fn product(pool: &Pool, p: &Product, tiles: &Tiles, packing: Packing) {
+/// The block loops. Packed blocks are made in one region and used in the next.
+pub(crate) fn product<B: Right>(pool: &Pool, p: &Product<B>, tiles: &Tiles, packing: Packing) {
     if p.m == 0 || p.n == 0 {
         return;
     }
     if p.k == 0 {
         return clear(p.out, p.m, p.n);
     }
-    if p.out.cs != 1 && p.out.rs == 1 {
-        let out = Out { rs: p.out.cs, cs: p.out.rs, ..p.out };
-        let swapped = Product { m: p.n, n: p.m, k: p.k, out, a: p.b, b: p.a };
-        return blocked(pool, &swapped, tiles, packing);
-    }
-    blocked(pool, p, tiles, packing)
-}
-
-/// The block loops. Packed blocks are made in one region and used in the next.
-fn blocked(pool: &Pool, p: &Product, tiles: &Tiles, packing: Packing) {
     let &Product { m, n, k, out, .. } = p;
     let parallel = m * n * k > SERIAL;
     let kb = block_of_k(packing);
@@ -247,16 +282,11 @@ fn blocked(pool: &Pool, p: &Product, tiles: &Tiles, packing: Packing) {
                 let mc = (m - m0).min(MC);
                 let strips = mc.div_ceil(tiles.strip);
                 let a_tasks = strips.div_ceil(TASK_STRIPS);
-                let b_tasks = if m0 == 0 { panels.div_ceil(TASK_PANELS) } else { 0 };
+                let block = Block { n0, nc, k0, kc };
+                let b_tasks = if m0 == 0 { p.b.tasks(nc, kc) } else { 0 };
                 tasks(pool, parallel, a_tasks + b_tasks, |t| {
                     if t < b_tasks {
-                        for panel in t * TASK_PANELS..panels.min((t + 1) * TASK_PANELS) {
-                            let col = panel * PANEL;
-                            let dst = b_pack.at(col * steps);
-                            let lanes = (nc - col).min(PANEL);
-                            // SAFETY: the lanes lie within B; each panel has its own part of the scratch.
-                            unsafe { pack(&p.b.at(n0 + col, k0), lanes, kc, dst, PANEL, packing) };
-                        }
+                        p.b.pack(t, &block, b_pack, packing);
                     } else {
                         let t = t - b_tasks;
                         for strip in t * TASK_STRIPS..strips.min((t + 1) * TASK_STRIPS) {
@@ -300,4 +330,4 @@ fn blocked(pool: &Pool, p: &Product, tiles: &Tiles, packing: Packing) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

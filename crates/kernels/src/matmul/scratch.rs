@@ -31,7 +31,12 @@ impl Scratch {
         self.0.bytes_mut().as_mut_ptr().cast()
     }
 
-    /// The same, to be shared by the tasks of a region.
+    /// All its bytes, at least the number asked for.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.0.bytes_mut()
+    }
+
+    /// Its address, to be shared by the tasks of a region.
     pub fn shared<T>(&mut self) -> Shared<T> {
         Shared(self.ptr())
     }
