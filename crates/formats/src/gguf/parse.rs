@@ -192,8 +192,9 @@ pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Header, Error> {
         let end = n_tensors.saturating_mul(MIN_TENSOR_BYTES as u64).saturating_add(c.at as u64);
         place.truncated(format!("the table of {n_tensors} tensors"), end, bytes.len() as u64)
     })?;
-    let mut tensors = Vec::with_capacity(n_tensors);
-    let mut names = HashSet::with_capacity(n_tensors);
+    // Grown as they come: the count is only known to fit into the file, and that may be large.
+    let mut tensors = Vec::new();
+    let mut names = HashSet::new();
     for i in 0..n_tensors {
         let (info, offset) = tensor(&mut c, i, n_tensors)?;
         let what = || format!("tensor {}", info.name);
