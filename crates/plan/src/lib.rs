@@ -1,16 +1,24 @@
 //! Scaling laws, bills and what fits where: pure arithmetic.
 //!
-//! [`units`] reads and writes numbers as people do; [`report`] renders tables and plots ([`plot`]) as text or HTML.
+//! The crate answers what a model costs before it exists: [`law`] (how large, on how much text), [`lifetime`]
+//! (serving included), [`text_stock`] (when text must be repeated), [`fit`] and [`runs`] (laws from one's own runs).
+//! [`report`] renders any of it as text, HTML or plots ([`plot`]).
 //!
 //! It knows no files, clocks, threads or devices, and no other crate of the workspace: whoever calls it reads the
 //! files and passes numbers. Counts are `f64` in base units (parameters, tokens, FLOP, bytes, seconds, dollars,
-//! joules).
+//! joules); [`units`] reads and writes them as people do. Start at [`law`].
 #![forbid(unsafe_code)]
 
+pub mod draws;
 mod error;
+pub mod fit;
+pub mod law;
+pub mod lifetime;
 pub mod plot;
 pub mod report;
+pub mod runs;
 pub mod svg;
+pub mod text_stock;
 pub mod units;
 
 pub use error::{Error, nearest};
