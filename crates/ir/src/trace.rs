@@ -30,6 +30,10 @@ struct Recorder {
     error: Option<TraceError>,
     /// What weights there are: shape and stored type by name. `None`: any weight, stored as F32.
     weights: Option<HashMap<String, (Vec<usize>, DType)>>,
+    /// Which weights are trained: they become states.
+    trained: Option<fn(&str) -> bool>,
+    /// Trained weights in the order in which they were first asked for.
+    parameters: Vec<(String, NodeId)>,
     /// The newest version of each state.
     states: HashMap<String, NodeId>,
 }
@@ -57,6 +61,18 @@ impl Trace {
         let t = Trace::new();
         t.0.borrow_mut().weights = Some(weights);
         t
+    }
+
+    /// The same trace, in which every weight whose name `trained` accepts is a parameter under training: a state of
+    /// type F32, read and written like any other, listed by [`Trace::parameters`].
+    pub fn training(self, trained: fn(&str) -> bool) -> Trace {
+        self.0.borrow_mut().trained = Some(trained);
+        self
+    }
+
+    /// The parameters under training that were asked for so far, in order, as they are before this step's writes.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.0.borrow().parameters.iter().map(|(name, id)| (name.clone(), self.tensor(*id))).collect()
     }
 
     /// The graph whose results are `outputs`; states written on the way belong to it too.
@@ -109,6 +125,15 @@ impl Trace {
                 dtype
             }
         };
+        if self.0.borrow().trained.is_some_and(|trained| trained(name)) {
+            let t = self.state(name, shape, DType::F32);
+            if let Some(id) = t.id
+                && !self.0.borrow().parameters.iter().any(|(n, _)| n == name)
+            {
+                self.0.borrow_mut().parameters.push((name.to_string(), id));
+            }
+            return t;
+        }
         self.push(Op::Weight { name: name.to_string(), shape: shape.to_vec(), dtype }, &[])
     }
 
@@ -608,6 +633,19 @@ mod tests {
         let t = Trace::with_weights(known);
         t.weight("w", &[5, 32]);
         assert!(t.finish(&[]).unwrap_err().what.contains("[4, 32]"));
+    }
+
+    #[test]
+    fn trained_weights_are_states() {
+        let t = Trace::new().training(|name| !name.contains("frozen"));
+        let w = t.weight("w", &[2]);
+        let again = t.weight("w", &[2]);
+        let f = t.weight("frozen", &[2]);
+        assert_eq!((w.id(), t.parameters().len()), (again.id(), 1));
+        let next = w.assign(&(&w + &f));
+        let g = t.finish(&[]).unwrap();
+        assert_eq!(g.writes, [next.id().unwrap()]);
+        assert!(matches!(g.nodes[0].op, Op::State { .. }) && matches!(g.nodes[1].op, Op::Weight { .. }));
     }
 
     #[test]
