@@ -36,6 +36,9 @@ struct Recorder {
     parameters: Vec<(String, NodeId)>,
     /// The newest version of each state.
     states: HashMap<String, NodeId>,
+    /// Inputs and weights asked for so far: one leaf a name, however often a model asks (a tied head, positions in
+    /// every layer), so that its gradient and its binding are one.
+    leaves: HashMap<String, NodeId>,
 }
 
 /// A graph being recorded. Clones record into the same graph.
@@ -98,13 +101,33 @@ impl Trace {
         }
     }
 
-    /// A value given at every run.
+    /// A value given at every run. Asked for twice, it is the same node.
     #[track_caller]
     pub fn input(&self, name: &str, shape: &[usize], dtype: DType) -> Tensor {
-        self.push(Op::Input { name: name.to_string(), shape: shape.to_vec(), dtype }, &[])
+        self.leaf(name, Op::Input { name: name.to_string(), shape: shape.to_vec(), dtype })
     }
 
-    /// The parameter `name`, which must have `shape`, as it is stored.
+    /// The one leaf called `name`; asking for another kind, shape or type under that name is an error.
+    #[track_caller]
+    fn leaf(&self, name: &str, op: Op) -> Tensor {
+        let known = self.0.borrow().leaves.get(name).copied();
+        if let Some(id) = known {
+            let same = self.0.borrow().graph.node(id).op == op;
+            if same {
+                return Tensor { trace: self.clone(), id: Some(id) };
+            }
+            let before = crate::print::op_text(&self.0.borrow().graph.node(id).op);
+            self.fail(&crate::print::op_text(&op), format!("{name} is already {before}"));
+            return self.nothing();
+        }
+        let t = self.push(op, &[]);
+        if let Some(id) = t.id {
+            self.0.borrow_mut().leaves.insert(name.to_string(), id);
+        }
+        t
+    }
+
+    /// The parameter `name`, which must have `shape`, as it is stored. Asked for twice, it is the same node.
     #[track_caller]
     pub fn weight(&self, name: &str, shape: &[usize]) -> Tensor {
         let known = self.0.borrow().weights.as_ref().map(|w| w.get(name).cloned());
@@ -134,7 +157,7 @@ impl Trace {
             }
             return t;
         }
-        self.push(Op::Weight { name: name.to_string(), shape: shape.to_vec(), dtype }, &[])
+        self.leaf(name, Op::Weight { name: name.to_string(), shape: shape.to_vec(), dtype })
     }
 
     /// Whether there is a parameter `name` (always, where weights are not known beforehand).
@@ -646,6 +669,17 @@ mod tests {
         let g = t.finish(&[]).unwrap();
         assert_eq!(g.writes, [next.id().unwrap()]);
         assert!(matches!(g.nodes[0].op, Op::State { .. }) && matches!(g.nodes[1].op, Op::Weight { .. }));
+    }
+
+    #[test]
+    fn a_leaf_asked_for_twice_is_one_node() {
+        let t = Trace::new();
+        let (a, b) = (t.weight("w", &[2, 3]), t.weight("w", &[2, 3]));
+        assert_eq!(a.id(), b.id());
+        assert_eq!(t.input("x", &[4], DType::I32).id(), t.input("x", &[4], DType::I32).id());
+        t.input("x", &[5], DType::I32);
+        let e = t.finish(&[]).unwrap_err();
+        assert!(e.what.contains("x is already"), "{e}");
     }
 
     #[test]
