@@ -1,0 +1,227 @@
+//! Llama (Touvron et al. 2023, <https://arxiv.org/abs/2307.09288>; Llama 3: <https://arxiv.org/abs/2407.21783>), and what
+//! has its architecture: SmolLM2, TinyLlama, Mistral 7B (Jiang et al. 2023, <https://arxiv.org/abs/2310.06825>).
+//!
+//! A pre-norm transformer decoder: RMS norm, rotary positions, grouped-query attention, SwiGLU, no biases. The other
+//! model files say in what they differ from this one. Mistral attends over a sliding window; Llama 3.1 stretches the
+//! rotary wavelengths; small models tie the head to the embedding table.
+
+use crate::Error;
+use crate::config::{Fields, Heads};
+use crate::model::{Architecture, Facts};
+use crate::names::Rule;
+use crate::nn::{Batch, Embedding, Linear, RmsNorm, scaled_dot_product};
+use crate::rope::{Rope, RopeConfig};
+
+use sparsam_formats::Transform;
+use sparsam_ir::{Tensor, Trace};
+
+/// Sizes and switches of a Llama.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // named as in config.json
+pub struct Config {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub n_layers: usize,
+    pub heads: Heads,
+    pub rms_norm_eps: f64,
+    pub context_length: usize,
+    pub rope: RopeConfig,
+    /// Keys that a token sees, itself included; `None`: all before it.
+    pub sliding_window: Option<usize>,
+    /// Biases on q, k, v; on o; on the MLP.
+    pub qkv_bias: bool,
+    pub o_bias: bool,
+    pub mlp_bias: bool,
+    /// The head shares the embedding table.
+    pub tied_head: bool,
+}
+
+impl Config {
+    pub(crate) fn read(f: &Fields) -> Result<Config, Error> {
+        f.only(["hidden_act", ""], &["silu"])?;
+        if f.opt_size(["", "expert_count"])?.is_some() {
+            return Err(f.error(["", "expert_count"], "is set: mixtures of experts are not implemented"));
+        }
+        let hidden_size = f.size(["hidden_size", "embedding_length"])?;
+        let context_length = f.size(["max_position_embeddings", "context_length"])?;
+        let heads = f.heads(hidden_size, None)?;
+        Ok(Config {
+            vocab_size: f.vocab_size(None)?,
+            hidden_size,
+            intermediate_size: f.size(["intermediate_size", "feed_forward_length"])?,
+            n_layers: f.n_layers(["num_hidden_layers", "block_count"])?,
+            heads,
+            rms_norm_eps: f.real(["rms_norm_eps", "attention.layer_norm_rms_epsilon"])?,
+            context_length,
+            rope: f.rope("full_attention", &heads, context_length)?,
+            sliding_window: f.opt_size(["sliding_window", "attention.sliding_window"])?,
+            qkv_bias: f.bias("attention_bias", "blk.0.attn_q.bias")?,
+            o_bias: f.bias("attention_bias", "blk.0.attn_output.bias")?,
+            mlp_bias: f.bias("mlp_bias", "blk.0.ffn_up.bias")?,
+            tied_head: f.tied_head(false)?,
+        })
+    }
+}
+
+struct Attention {
+    layer: usize,
+    heads: Heads,
+    window: Option<usize>,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    rope: Rope,
+}
+
+impl Attention {
+    fn new(c: &Config, layer: usize) -> Attention {
+        let Heads { n_heads, n_kv_heads, head_dim } = c.heads;
+        let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+        Attention {
+            layer,
+            heads: c.heads,
+            window: c.sliding_window,
+            q_proj: Linear::new(&name("q_proj"), c.hidden_size, n_heads * head_dim, c.qkv_bias),
+            k_proj: Linear::new(&name("k_proj"), c.hidden_size, n_kv_heads * head_dim, c.qkv_bias),
+            v_proj: Linear::new(&name("v_proj"), c.hidden_size, n_kv_heads * head_dim, c.qkv_bias),
+            o_proj: Linear::new(&name("o_proj"), n_heads * head_dim, c.hidden_size, c.o_bias),
+            rope: c.rope(),
+        }
+    }
+
+    fn forward(&self, batch: &Batch, x: &Tensor) -> Tensor {
+        let (n, Heads { n_heads, n_kv_heads, head_dim }) = (batch.n_tokens, self.heads);
+        let q = self.q_proj.forward(batch, x).reshape(&[n, n_heads, head_dim]); // (N, H, Dh)
+        let k = self.k_proj.forward(batch, x).reshape(&[n, n_kv_heads, head_dim]); // (N, Hkv, Dh)
+        let v = self.v_proj.forward(batch, x).reshape(&[n, n_kv_heads, head_dim]);
+        let [q, k] = self.rope.rotate(batch, [&q, &k]);
+        let scores = scaled_dot_product(head_dim, self.window);
+        let y = batch.attend(self.layer, &q, &k, &v, scores); // (N, H, Dh)
+        self.o_proj.forward(batch, &y.reshape(&[n, n_heads * head_dim])) // (N, hidden)
+    }
+}
+
+/// SwiGLU (Shazeer 2020): `down(silu(gate(x)) * up(x))`.
+pub(crate) struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    pub(crate) fn new(layer: usize, hidden_size: usize, intermediate_size: usize, bias: bool) -> Mlp {
+        let name = |part: &str| format!("model.layers.{layer}.mlp.{part}");
+        Mlp {
+            gate_proj: Linear::new(&name("gate_proj"), hidden_size, intermediate_size, bias),
+            up_proj: Linear::new(&name("up_proj"), hidden_size, intermediate_size, bias),
+            down_proj: Linear::new(&name("down_proj"), intermediate_size, hidden_size, bias),
+        }
+    }
+
+    pub(crate) fn forward(&self, batch: &Batch, x: &Tensor) -> Tensor {
+        let gate = self.gate_proj.forward(batch, x).silu(); // (N, intermediate)
+        self.down_proj.forward(batch, &(gate * self.up_proj.forward(batch, x)))
+    }
+}
+
+struct Block {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Block {
+    fn new(c: &Config, layer: usize) -> Block {
+        let norm =
+            |part: &str| RmsNorm::new(&format!("model.layers.{layer}.{part}"), c.hidden_size, c.rms_norm_eps);
+        Block {
+            input_layernorm: norm("input_layernorm"),
+            self_attn: Attention::new(c, layer),
+            post_attention_layernorm: norm("post_attention_layernorm"),
+            mlp: Mlp::new(layer, c.hidden_size, c.intermediate_size, c.mlp_bias),
+        }
+    }
+
+    fn forward(&self, batch: &Batch, x: &Tensor) -> Tensor {
+        let x = x + self.self_attn.forward(batch, &self.input_layernorm.forward(x));
+        let mlp = self.mlp.forward(batch, &self.post_attention_layernorm.forward(&x));
+        x + mlp
+    }
+}
+
+impl Config {
+    fn embed_tokens(&self) -> Embedding {
+        Embedding::new("model.embed_tokens", self.vocab_size, self.hidden_size)
+    }
+
+    fn rope(&self) -> Rope {
+        Rope::new("model.rotary_emb.inv_freq", self.heads.head_dim, &self.rope)
+    }
+}
+
+impl Architecture for Config {
+    fn embed(&self, t: &Trace, batch: &Batch) -> Tensor {
+        self.embed_tokens().forward(&batch.tokens(t)) // (N, hidden)
+    }
+
+    fn block(&self, batch: &Batch, layer: usize, x: &Tensor) -> Tensor {
+        Block::new(self, layer).forward(batch, x)
+    }
+
+    fn head(&self, batch: &Batch, x: &Tensor) -> Tensor {
+        let x = batch.select_logit_rows(x); // (R, hidden)
+        let x = RmsNorm::new("model.norm", self.hidden_size, self.rms_norm_eps).forward(&x);
+        let head = match self.tied_head {
+            true => self.embed_tokens().tied_head(),
+            false => Linear::new("lm_head", self.hidden_size, self.vocab_size, false),
+        };
+        head.forward(batch, &x) // (R, vocab)
+    }
+
+    fn ropes(&self) -> Vec<Rope> {
+        vec![self.rope()]
+    }
+
+    fn facts(&self) -> Facts {
+        Facts {
+            architecture: "llama",
+            vocab_size: self.vocab_size,
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            heads: self.heads,
+            windows: vec![self.sliding_window; self.n_layers],
+            context_length: self.context_length,
+            tied_head: self.tied_head,
+        }
+    }
+
+    /// llama.cpp stores the rows of q and k so that rotary pairs are neighbours; they are read back into halves.
+    fn rules(&self) -> Vec<Rule> {
+        let unpermute = |n_heads| Transform::UnpermuteRope { n_heads };
+        let (q, k) = (unpermute(self.heads.n_heads), unpermute(self.heads.n_kv_heads));
+        vec![
+            Rule::new("model.embed_tokens.weight", "token_embd.weight"),
+            Rule::new("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+            Rule::new("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight").from_gguf(q),
+            Rule::new("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight").from_gguf(k),
+            Rule::new("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+            Rule::new("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+            Rule::new("model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias").from_gguf(q),
+            Rule::new("model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias").from_gguf(k),
+            Rule::new("model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
+            Rule::new("model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
+            Rule::new("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+            Rule::new("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+            Rule::new("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+            Rule::new("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+            Rule::new("model.layers.{}.mlp.gate_proj.bias", "blk.{}.ffn_gate.bias"),
+            Rule::new("model.layers.{}.mlp.up_proj.bias", "blk.{}.ffn_up.bias"),
+            Rule::new("model.layers.{}.mlp.down_proj.bias", "blk.{}.ffn_down.bias"),
+            Rule::new("model.norm.weight", "output_norm.weight"),
+            Rule::new("lm_head.weight", "output.weight"),
+        ]
+    }
+}
