@@ -4,7 +4,7 @@
 //! 4 bits are split into a low and a high part; each part packs rows of 32 consecutive elements next to each other in
 //! the same bytes: element `e` of a 2-bit part lies in byte `e / 128 * 32 + e % 32` at bit `e % 128 / 32 * 2`.
 
-use super::{IQ4_VALUES, f16_at};
+use super::{IQ4_VALUES, f16_at, fit, put_f16};
 
 /// The 2-bit part of element `e`.
 fn two_bits(qs: &[u8], e: usize) -> u8 {
@@ -133,4 +133,132 @@ pub fn decode_iq4_xs(block: &[u8; 136], out: &mut [f32; 256]) {
             out[g * 32 + i] = scale * IQ4_VALUES[code as usize] as f32;
         }
     }
+}
+
+/// `two_bits` backwards, into zeroed bytes.
+fn put_two_bits(qs: &mut [u8], e: usize, code: u8) {
+    qs[e / 128 * 32 + e % 32] |= code << (e % 128 / 32 * 2);
+}
+
+/// `one_bit` backwards, into zeroed bytes.
+fn put_one_bit(qs: &mut [u8], e: usize, code: u8) {
+    qs[e % 32] |= code << (e / 32);
+}
+
+/// `four_bits` backwards, into zeroed bytes.
+fn put_four_bits(qs: &mut [u8], e: usize, code: u8) {
+    qs[e / 64 * 32 + e % 32] |= code << (e % 64 / 32 * 4);
+}
+
+/// [`scale_min`] backwards: the 12 bytes of 8 scales and minima below 64.
+fn pack_scale_min(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
+    let mut out = [0; 12];
+    for j in 0..4 {
+        out[j] = scales[j] | scales[j + 4] >> 4 << 6;
+        out[j + 4] = mins[j] | mins[j + 4] >> 4 << 6;
+        out[j + 8] = (scales[j + 4] & 15) | (mins[j + 4] & 15) << 4;
+    }
+    out
+}
+
+/// `Q2_K` with searched scales (`codec/fit.rs`).
+pub fn encode_q2_k(x: &[f32; 256], block: &mut [u8; 84]) {
+    let fit = fit::affine::<16>(x, 3, 15);
+    block.fill(0);
+    for g in 0..16 {
+        block[g] = fit.scales[g] | fit.mins[g] << 4;
+    }
+    for e in 0..256 {
+        put_two_bits(&mut block[16..80], e, fit.codes[e]);
+    }
+    put_f16(block, 80, fit.d);
+    put_f16(block, 82, fit.dmin);
+}
+
+/// `Q3_K` with searched scales.
+pub fn encode_q3_k(x: &[f32; 256], block: &mut [u8; 110]) {
+    let fit = fit::symmetric::<fit::Whole<4>, 16>(x, -32);
+    block.fill(0);
+    for e in 0..256 {
+        put_one_bit(&mut block[..32], e, fit.codes[e] >> 2);
+        put_two_bits(&mut block[32..96], e, fit.codes[e] & 3);
+    }
+    for j in 0..16 {
+        let scale = (fit.scales[j] + 32) as u8;
+        block[96 + j % 8] |= (scale & 15) << (j / 8 * 4);
+        block[104 + j % 4] |= scale >> 4 << (j / 4 * 2);
+    }
+    put_f16(block, 108, fit.d);
+}
+
+/// `Q4_K` with searched scales.
+pub fn encode_q4_k(x: &[f32; 256], block: &mut [u8; 144]) {
+    let fit = fit::affine::<8>(x, 15, 63);
+    block.fill(0);
+    put_f16(block, 0, fit.d);
+    put_f16(block, 2, fit.dmin);
+    block[4..16].copy_from_slice(&pack_scale_min(&fit.scales, &fit.mins));
+    for e in 0..256 {
+        put_four_bits(&mut block[16..], e, fit.codes[e]);
+    }
+}
+
+/// `Q5_K` with searched scales.
+pub fn encode_q5_k(x: &[f32; 256], block: &mut [u8; 176]) {
+    let fit = fit::affine::<8>(x, 31, 63);
+    block.fill(0);
+    put_f16(block, 0, fit.d);
+    put_f16(block, 2, fit.dmin);
+    block[4..16].copy_from_slice(&pack_scale_min(&fit.scales, &fit.mins));
+    for e in 0..256 {
+        put_one_bit(&mut block[16..48], e, fit.codes[e] >> 4);
+        put_four_bits(&mut block[48..], e, fit.codes[e] & 15);
+    }
+}
+
+/// `Q6_K` with searched scales.
+pub fn encode_q6_k(x: &[f32; 256], block: &mut [u8; 210]) {
+    let fit = fit::symmetric::<fit::Whole<32>, 16>(x, -128);
+    block.fill(0);
+    for e in 0..256 {
+        block[e / 128 * 64 + e % 64] |= (fit.codes[e] & 15) << (e % 128 / 64 * 4);
+        put_two_bits(&mut block[128..192], e, fit.codes[e] >> 4);
+    }
+    for g in 0..16 {
+        block[192 + g] = fit.scales[g] as i8 as u8;
+    }
+    put_f16(block, 208, fit.d);
+}
+
+/// `Q8_K`: nearest, halves away from zero, with the sums of 16 codes each.
+pub fn encode_q8_k(x: &[f32; 256], block: &mut [u8; 292]) {
+    let d = x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
+    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+    block[..4].copy_from_slice(&d.to_le_bytes());
+    for g in 0..16 {
+        let mut sum = 0i16;
+        for e in g * 16..g * 16 + 16 {
+            let code = (x[e] * inverse).round() as i8;
+            block[4 + e] = code as u8;
+            sum += i16::from(code);
+        }
+        block[260 + 2 * g..262 + 2 * g].copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+/// `IQ4_XS` with searched scales.
+pub fn encode_iq4_xs(x: &[f32; 256], block: &mut [u8; 136]) {
+    let fit = fit::symmetric::<fit::Table, 8>(x, -32);
+    block.fill(0);
+    put_f16(block, 0, fit.d);
+    let mut high = 0u16;
+    for g in 0..8 {
+        let scale = (fit.scales[g] + 32) as u8;
+        block[4 + g / 2] |= (scale & 15) << (g % 2 * 4);
+        high |= u16::from(scale >> 4) << (2 * g);
+        for i in 0..32 {
+            block[8 + g * 16 + i % 16] |= fit.codes[g * 32 + i] << (i / 16 * 4);
+        }
+    }
+    block[2..4].copy_from_slice(&high.to_le_bytes());
 }

@@ -3,6 +3,7 @@
 //! 4-bit codes lie in 16 bytes: the low halves are elements 0 to 15, the high halves elements 16 to 31. The fifth bit
 //! of element `i` is bit `i` of a little-endian u32.
 
+use super::fit::{self, Grid};
 use super::{IQ4_VALUES, f16_at, put_f16};
 
 /// The 4-bit codes of a block in element order.
@@ -161,4 +162,24 @@ pub fn encode_q8_0(x: &[f32; 32], block: &mut [u8; 34]) {
     for i in 0..32 {
         block[2 + i] = (x[i] * id).round() as i8 as u8;
     }
+}
+
+/// Nearest `Q8_1`: as `Q8_0`, with the sum of the values.
+pub fn encode_q8_1(x: &[f32; 32], block: &mut [u8; 36]) {
+    let d = signed_max(x).abs() / 127.0;
+    let id = inverse(d);
+    let codes = x.map(|v| (v * id).round() as i8);
+    put_f16(block, 0, d);
+    put_f16(block, 2, d * codes.iter().map(|&c| i32::from(c)).sum::<i32>() as f32);
+    for i in 0..32 {
+        block[4 + i] = codes[i] as u8;
+    }
+}
+
+/// `IQ4_NL` with a searched scale (`codec/fit.rs`).
+pub fn encode_iq4_nl(x: &[f32; 32], block: &mut [u8; 18]) {
+    put_f16(block, 0, fit::best_scale::<fit::Table>(x));
+    // Codes for the scale as f16 holds it.
+    let id = inverse(f16_at(block, 0));
+    put_nibbles(&mut block[2..], &x.map(|v| fit::Table::nearest(v * id).0));
 }
