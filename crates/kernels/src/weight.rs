@@ -2,12 +2,17 @@
 //!
 //! A [`Weight`] is a matrix (rows N, columns K: a linear layer as checkpoints store it) in panels of 16 interleaved
 //! rows ([`panel`]), in its own format and size. There are two ways to multiply: with f32 (or bf16) activations by
-//! decoding panels into cache ([`float`]), and, to come, with activations rounded to 8 bits. Either way a row's result depends neither on the other rows nor on threads.
+//! decoding panels into cache ([`float`]), and with activations rounded to 8 bits by integer arithmetic on the codes
+//! ([`int8`]). Either way a row's result depends neither on the other rows nor on threads.
 
 #[cfg(target_arch = "x86_64")]
 mod decode_x86;
 mod float;
+mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_x86;
 mod panel;
+mod unpack;
 
 use crate::matmul::pack::Lanes;
 use crate::matmul::tile::PANEL;
@@ -111,7 +116,7 @@ impl Weight {
     /// # Errors
     /// [`Error::Shape`] if `out` is no whole number of rows or reaches past the last one.
     pub fn decode_rows(&self, first: usize, out: &mut [f32]) -> Result<(), Error> {
-        let n = if self.cols == 0 { 0 } else { out.len() / self.cols };
+        let n = out.len().checked_div(self.cols).unwrap_or(0);
         if n * self.cols != out.len() || first.checked_add(n).is_none_or(|end| end > self.rows) {
             let what = format!("{} numbers from row {first} on of {self:?}", out.len());
             return Err(Error::Shape { op: "decode_rows", what });
@@ -184,8 +189,15 @@ pub fn matmul(
     }
     let (tiles, packing) = matmul::choose(ctx, precision);
     let a = rows_of(pa[0], a);
-    let float = float::Float { pool: ctx.pool(), cpu: ctx.cpu(), tiles, packing, a, m, k };
-    float.run(&targets);
+    let integer = |t: &Target| precision == Precision::Int8 && int8::Format::of(t.weight.dtype).is_some();
+    let (rounded, plain): (Vec<Target>, Vec<Target>) = targets.into_iter().partition(integer);
+    if !rounded.is_empty() {
+        int8::run(ctx, &rounded, a, m, k);
+    }
+    if !plain.is_empty() {
+        let float = float::Float { pool: ctx.pool(), cpu: ctx.cpu(), tiles, packing, a, m, k };
+        float.run(&plain);
+    }
     Ok(())
 }
 
@@ -262,4 +274,4 @@ pub fn gather(ctx: &Context, mem: &mut Memory, out: &View, rows: &View, w: &Weig
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,0 +1,99 @@
+//! Packed panels to one code a byte with f32 scales and minima, as the integer tiles read them.
+
+use super::int8::{BLOCK, CODES, Format, Panel};
+use super::panel;
+use crate::Cpu;
+use crate::matmul::tile::PANEL;
+use sparsam_dtype::codec::IQ4_VALUES;
+use sparsam_dtype::{DType, f16};
+
+/// Unpacks `blocks` blocks of 32 columns of a packed panel; `signed` takes the offset from 8-bit codes.
+///
+/// # Safety
+/// `out` must have room for `blocks` blocks of codes, scales and (where the format has them) minima.
+pub(super) unsafe fn unpack(cpu: Cpu, dtype: DType, panel: &[u8], blocks: usize, out: &Panel, signed: bool) {
+    let len = dtype.block_len() / BLOCK;
+    let bytes = dtype.block_bytes() * PANEL;
+    assert!(panel.len() >= blocks / len * bytes && blocks.is_multiple_of(len));
+    #[cfg(target_arch = "x86_64")]
+    if cpu.simd >= crate::Simd::Avx2 {
+        // SAFETY: the caller's promise; `Context` vouches for the instructions.
+        if unsafe { super::int8_x86::unpack(dtype, panel, blocks, out, signed) } {
+            return;
+        }
+    }
+    let _ = cpu;
+    let format = Format::of(dtype).expect("a format with integer kernels");
+    let flip = if signed { 0x80 } else { 0 };
+    let mut row = [0; 256];
+    let row = &mut row[..dtype.block_bytes()];
+    for g in 0..blocks / len {
+        for r in 0..PANEL {
+            panel::row_bytes(dtype, &panel[g * bytes..], r, row);
+            for i in 0..len {
+                let b = g * len + i;
+                let (d, m) = scales(dtype, row, i);
+                // SAFETY: block `b` of the caller's `blocks`.
+                unsafe {
+                    *out.d.add(b * PANEL + r) = d;
+                    if format.min {
+                        *out.m.add(b * PANEL + r) = m;
+                    }
+                    for k in 0..BLOCK {
+                        let at = b * CODES + (k / 4 * PANEL + r) * 4 + k % 4;
+                        *out.codes.add(at) = code(dtype, row, i * BLOCK + k) ^ flip;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn half(bytes: &[u8]) -> f32 {
+    f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
+}
+
+/// Scale and minimum (what is added) of part `i` of 32 columns of one row's block.
+fn scales(dtype: DType, block: &[u8], i: usize) -> (f32, f32) {
+    match dtype {
+        DType::Q4_1 | DType::Q5_1 => (half(block), half(&block[2..])),
+        DType::Q4_K | DType::Q5_K => {
+            let (scale, min) = six_bits(&block[4..16], i);
+            (half(block) * scale as f32, -(half(&block[2..]) * min as f32))
+        }
+        _ => (half(block), 0.0),
+    }
+}
+
+/// Scale and minimum `i` of 8, 6 bits each, from the 12 bytes of Q4_K and Q5_K: the first four of both lie in the
+/// low bits of bytes 0 to 7; the last four have their low halves in bytes 8 to 11 and the rest above the first.
+fn six_bits(s: &[u8], i: usize) -> (u8, u8) {
+    if i < 4 {
+        (s[i] & 63, s[i + 4] & 63)
+    } else {
+        ((s[i + 4] & 15) | (s[i - 4] >> 6) << 4, (s[i + 4] >> 4) | (s[i] >> 6) << 4)
+    }
+}
+
+/// The unsigned code of column `k` of one row's block.
+fn code(dtype: DType, block: &[u8], k: usize) -> u8 {
+    // Columns 0 to 15 are the low halves of 16 bytes, 16 to 31 the high ones.
+    let nibble = |qs: &[u8]| if k < 16 { qs[k] & 15 } else { qs[k - 16] >> 4 };
+    let bit = |qh: &[u8]| (qh[k / 8] >> (k % 8) & 1) << 4;
+    match dtype {
+        DType::Q4_0 => nibble(&block[2..]),
+        DType::Q4_1 => nibble(&block[4..]),
+        DType::IQ4_NL => (IQ4_VALUES[nibble(&block[2..]) as usize] as u8) ^ 0x80,
+        DType::Q5_0 => nibble(&block[6..]) | bit(&block[2..]),
+        DType::Q5_1 => nibble(&block[8..]) | bit(&block[4..]),
+        DType::Q8_0 => block[2 + k] ^ 0x80,
+        DType::Q4_K | DType::Q5_K => {
+            // 32 bytes hold the low halves of 32 columns and the high halves of the next 32.
+            let (low, part) = (block.len() - 128, k / 32);
+            let byte = block[low + k / 64 * 32 + k % 32];
+            let four = if part.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
+            if dtype == DType::Q4_K { four } else { four | (block[16 + k % 32] >> part & 1) << 4 }
+        }
+        other => unreachable!("no integer kernels for {other}"),
+    }
+}
