@@ -5,7 +5,8 @@
 //! least squares in f64); the result scaled by `2^n`, right down to subnormal numbers. Error: at most 1.3 ulp, held
 //! by a test over a dense sample of all arguments. NaN stays NaN, -inf gives 0, too large ones inf.
 //!
-//! tanh: an odd polynomial up to 1 in size, `1 - 2 / (e^2x + 1)` beyond. Error: at most 2.1 ulp.
+//! tanh: an odd polynomial up to 1 in size, `1 - 2 / (e^2|x| + 1)` with the sign of x beyond.
+//! Error: at most 1.9 ulp.
 
 /// Below this e^x rounds to 0, at 89 and above it is infinite.
 const EXP_LOW: f32 = -104.0;
@@ -39,7 +40,7 @@ const TANH_LARGE: f32 = 9.02;
 /// The functions for one kind of register. `$scale` multiplies by a power of two given as a whole number.
 macro_rules! functions {
     ($features:literal, $vec:ty, $splat:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $fma:ident,
-     $fnma:ident, $min:ident, $max:ident, $round:expr, $scale:expr, $select:expr) => {
+     $fnma:ident, $min:ident, $max:ident, $round:expr, $scale:expr, $abs:expr, $small_or:ident) => {
         /// e^x.
         #[inline]
         #[target_feature(enable = $features)]
@@ -79,10 +80,10 @@ macro_rules! functions {
                 p = $fma(p, z, $splat(*c));
             }
             let small = $fma($mul(p, z), x, x);
-            let bounded = $min($splat(TANH_LARGE), $max($splat(-TANH_LARGE), x));
+            let bounded = $min($splat(TANH_LARGE), $abs(x));
             let e = exp($add(bounded, bounded));
             let large = $sub($splat(1.0), $div($splat(2.0), $add(e, $splat(1.0))));
-            $select(x, small, large)
+            $small_or(x, small, large)
         }
     };
 }
@@ -106,6 +107,7 @@ pub(crate) mod avx2 {
         _mm256_max_ps,
         |x| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x),
         scale,
+        |x| _mm256_andnot_ps(_mm256_set1_ps(-0.0), x),
         small_or
     );
 
@@ -125,9 +127,9 @@ pub(crate) mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     fn small_or(x: __m256, small: __m256, large: __m256) -> __m256 {
-        let size = _mm256_andnot_ps(_mm256_set1_ps(-0.0), x);
-        let is_small = _mm256_cmp_ps::<_CMP_LE_OQ>(size, _mm256_set1_ps(TANH_SMALL));
-        _mm256_blendv_ps(large, small, is_small)
+        let sign = _mm256_set1_ps(-0.0);
+        let is_small = _mm256_cmp_ps::<_CMP_LE_OQ>(_mm256_andnot_ps(sign, x), _mm256_set1_ps(TANH_SMALL));
+        _mm256_blendv_ps(_mm256_or_ps(large, _mm256_and_ps(sign, x)), small, is_small)
     }
 }
 
@@ -150,6 +152,7 @@ pub(crate) mod avx512 {
         _mm512_max_ps,
         |x| _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x),
         _mm512_scalef_ps,
+        _mm512_abs_ps,
         small_or
     );
 
@@ -157,6 +160,8 @@ pub(crate) mod avx512 {
     #[target_feature(enable = "avx512f")]
     fn small_or(x: __m512, small: __m512, large: __m512) -> __m512 {
         let is_small = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_abs_ps(x), _mm512_set1_ps(TANH_SMALL));
+        let sign = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(i32::MIN));
+        let large = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(large), sign));
         _mm512_mask_blend_ps(is_small, large, small)
     }
 }
@@ -212,7 +217,7 @@ mod tests {
     #[test]
     fn errors_are_at_most_what_the_text_says() {
         type Function = fn(f64) -> f64;
-        let truth: [(Function, f64); 3] = [(f64::exp, 1.3), (f64::exp2, 1.3), (f64::tanh, 2.1)];
+        let truth: [(Function, f64); 3] = [(f64::exp, 1.3), (f64::exp2, 1.3), (f64::tanh, 1.9)];
         for (which, (f, limit)) in truth.into_iter().enumerate() {
             let mut first = None;
             for path in paths() {
@@ -221,7 +226,7 @@ mod tests {
                 for start in (0..u32::MAX - 16 * 1009).step_by(16 * 1009) {
                     let x: [f32; 16] = std::array::from_fn(|i| f32::from_bits(start + i as u32 * 1009));
                     for (x, y) in x.into_iter().zip(path(which, x)) {
-                        bits = bits.rotate_left(1) ^ u64::from(y.to_bits()) * u64::from(!y.is_nan());
+                        bits = bits.rotate_left(1) ^ (u64::from(y.to_bits()) * u64::from(!y.is_nan()));
                         let want = f(f64::from(x));
                         if x.is_nan() {
                             assert!(y.is_nan());
