@@ -248,7 +248,9 @@ fn overlap(a: &View, b: &View) -> bool {
     }
     // Both are rows of one period: disjoint if their column ranges within the period are.
     let Some(period) = period(&a.layout).into_iter().chain(period(&b.layout)).min() else { return true };
-    match (columns(&a.layout, period), columns(&b.layout, period)) {
+    // Columns count from the first element of both: rows may start anywhere in a slab.
+    let base = a.layout.offset.min(b.layout.offset);
+    match (columns(&a.layout, base, period), columns(&b.layout, base, period)) {
         (Some((a0, a1)), Some((b0, b1))) => !(a1 <= b0 || b1 <= a0),
         _ => true,
     }
@@ -269,15 +271,16 @@ fn period(l: &Layout) -> Option<usize> {
     None
 }
 
-/// The range of columns that `l` touches if all its larger strides are multiples of `period`.
-fn columns(l: &Layout, period: usize) -> Option<(usize, usize)> {
+/// The range of columns that `l` touches, seen from element `base`, if all its larger strides are multiples of
+/// `period`.
+fn columns(l: &Layout, base: usize, period: usize) -> Option<(usize, usize)> {
     let mut last = 0;
     for (&n, &s) in l.shape.iter().zip(&l.strides) {
         if n > 1 && s % period != 0 {
             last += (n - 1) * s;
         }
     }
-    let first = l.offset % period;
+    let first = (l.offset - base) % period;
     (first + last < period).then_some((first, first + last + 1))
 }
 
@@ -325,5 +328,9 @@ mod tests {
         assert!(!overlap(&view(0, whole.slice(0, 0, 2)), &view(0, whole.slice(0, 2, 4))));
         assert!(overlap(&view(0, whole.slice(0, 0, 3)), &view(0, whole.slice(0, 2, 4))));
         assert!(overlap(&view(0, whole.clone()), &view(0, whole.permute(&[1, 0]))));
+        // The same matrix anywhere in a slab.
+        let moved = |l: Layout| view(0, Layout { offset: l.offset + 16, ..l });
+        assert!(!overlap(&moved(whole.slice(1, 0, 3)), &moved(whole.slice(1, 3, 6))));
+        assert!(overlap(&moved(whole.slice(1, 0, 4)), &moved(whole.slice(1, 3, 6))));
     }
 }
