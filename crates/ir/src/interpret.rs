@@ -113,7 +113,7 @@ pub fn interpret_all(
 }
 
 /// `x` as an element of type `dtype` holds it.
-fn round(x: f64, dtype: DType) -> f64 {
+pub fn round(x: f64, dtype: DType) -> f64 {
     match dtype {
         DType::F32 => x as f32 as f64,
         DType::F16 => f16::from_f64(x).to_f64(),
@@ -350,7 +350,8 @@ fn index(op: &'static str, at: f64, limit: usize) -> Result<usize, InterpretErro
     }
 }
 
-fn unary(op: Unary, x: f64) -> f64 {
+/// A function of one number.
+pub fn unary(op: Unary, x: f64) -> f64 {
     match op {
         Unary::Neg => -x,
         Unary::Abs => x.abs(),
@@ -366,7 +367,8 @@ fn unary(op: Unary, x: f64) -> f64 {
     }
 }
 
-fn binary(op: Binary, a: f64, b: f64) -> f64 {
+/// A function of two numbers.
+pub fn binary(op: Binary, a: f64, b: f64) -> f64 {
     match op {
         Binary::Add => a + b,
         Binary::Sub => a - b,
@@ -392,7 +394,8 @@ fn binary(op: Binary, a: f64, b: f64) -> f64 {
     }
 }
 
-fn cast(x: f64, to: DType) -> f64 {
+/// `x` converted to `to`: whole numbers are cut towards 0 and kept within their range.
+pub fn cast(x: f64, to: DType) -> f64 {
     match to {
         DType::I32 => x as i32 as f64,
         DType::I8 => x as i8 as f64,

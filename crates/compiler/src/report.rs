@@ -1,0 +1,84 @@
+//! What each pass did, for `--explain`.
+
+use std::fmt;
+
+/// The effect of one pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PassReport {
+    /// Its name.
+    pub name: &'static str,
+    /// Graph nodes or kernels before and after, whichever it works on.
+    pub before: usize,
+    /// See `before`.
+    pub after: usize,
+    /// What is counted: `nodes` or `kernels`.
+    pub unit: &'static str,
+    /// Bytes read and written by all kernels after it; `None` while there are no kernels yet.
+    pub bytes_moved: Option<usize>,
+}
+
+/// What compiling did to a graph. Kernels and bytes of the eager form stand beside those of the result.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Kernels of the eager form.
+    pub kernels_before: usize,
+    /// Kernels of the result.
+    pub kernels: usize,
+    /// Bytes that the eager form's kernels read and write.
+    pub bytes_before: usize,
+    /// Bytes that the result's kernels read and write.
+    pub bytes: usize,
+    /// Arena of the eager form.
+    pub arena_before: usize,
+    /// Arena of the result.
+    pub arena: usize,
+    /// In the order in which they ran; those switched off are absent.
+    pub passes: Vec<PassReport>,
+}
+
+/// `1.25 MB` (powers of ten).
+fn megabytes(bytes: usize) -> String {
+    format!("{:.2} MB", bytes as f64 / 1e6)
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<14} {:>12} {:>12}", "", "eager", "compiled")?;
+        writeln!(f, "{:<14} {:>12} {:>12}", "kernels", self.kernels_before, self.kernels)?;
+        let row = |f: &mut fmt::Formatter<'_>, name, before, after| {
+            writeln!(f, "{name:<14} {:>12} {:>12}", megabytes(before), megabytes(after))
+        };
+        row(f, "bytes moved", self.bytes_before, self.bytes)?;
+        row(f, "arena", self.arena_before, self.arena)?;
+        if self.passes.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "\n{:<14} {:>12} {:>12} {:>12}", "pass", "before", "after", "bytes moved")?;
+        for p in &self.passes {
+            let bytes = p.bytes_moved.map_or(String::new(), megabytes);
+            writeln!(f, "{:<14} {:>12} {:>12} {bytes:>12}  {}", p.name, p.before, p.after, p.unit)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_shows_both_forms() {
+        let pass =
+            PassReport { name: "fuse", before: 10, after: 3, unit: "kernels", bytes_moved: Some(1_000_000) };
+        let report = Report {
+            kernels_before: 10,
+            kernels: 3,
+            bytes_before: 4_000_000,
+            passes: vec![pass],
+            ..Report::default()
+        };
+        let text = report.to_string();
+        assert!(text.contains("kernels                  10            3"), "{text}");
+        assert!(text.contains("fuse                     10            3      1.00 MB  kernels"), "{text}");
+    }
+}
