@@ -8,12 +8,14 @@ Writes: crates/models/tests/golden/CASE/config.json            as published conf
         crates/models/tests/golden/CASE/expected.safetensors   tokens and f32 logits of two sequences; how far these
                                                                are from the same computation in f64
         crates/models/tests/golden/CASE.gguf                   the same model, by the gguf package's names and keys
+        crates/models/tests/golden/rope.json                   rotary frequencies of real models
 
 Everything is computed on one thread.
 """
 
 import json
 import pathlib
+import re
 import sys
 
 import gguf
@@ -64,6 +66,18 @@ CASES = {
         model_type="gpt2", vocab_size=VOCAB, n_embd=18, n_layer=2, n_head=3, n_positions=20, n_inner=None,
         activation_function="gelu_new", layer_norm_epsilon=1e-5,
     ),
+}
+# Rotary embeddings as published: head_dim, context and the fields of config.json.
+ROPES = {
+    "SmolLM2-135M": (64, 8192, dict(rope_type="default", rope_theta=100000.0)),
+    "Llama-3.2-1B": (64, 131072, dict(
+        rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )),
+    "Qwen2.5-7B at 128k": (128, 32768, dict(
+        rope_type="yarn", rope_theta=1000000.0, factor=4.0, original_max_position_embeddings=32768,
+    )),
+    "gemma-3-4b global": (256, 131072, dict(rope_type="linear", rope_theta=1000000.0, factor=8.0)),
 }
 NOISE = ("transformers_version", "id2label", "label2id", "_name_or_path")
 
@@ -152,8 +166,23 @@ def write_gguf(path, model, config):
     w.close()
 
 
+def ropes():
+    found = {}
+    for name, (head_dim, context, fields) in ROPES.items():
+        config = transformers.LlamaConfig(
+            hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=context,
+            rope_parameters=dict(fields),
+        )
+        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        found[name] = dict(head_dim=head_dim, **fields, attention_factor=rotary.attention_scaling,
+                           inv_freq=[float(f"{x:.9g}") for x in rotary.inv_freq.tolist()])
+    text = json.dumps(found, indent=1)
+    (OUT / "rope.json").write_text(re.sub(r"\s*\n\s{3,}", " ", text) + "\n")
+
+
 def main():
     torch.set_num_threads(1)
+    ropes()
     for number, (case, fields) in enumerate(CASES.items()):
         folder = OUT / case
         folder.mkdir(parents=True, exist_ok=True)

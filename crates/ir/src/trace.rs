@@ -160,6 +160,13 @@ impl Trace {
         self.leaf(name, Op::Weight { name: name.to_string(), shape: shape.to_vec(), dtype })
     }
 
+    /// The F32 value `name`, bound like a weight but computed from the model's configuration: never trained, and not
+    /// among the weights known beforehand.
+    #[track_caller]
+    pub fn constant(&self, name: &str, shape: &[usize]) -> Tensor {
+        self.leaf(name, Op::Weight { name: name.to_string(), shape: shape.to_vec(), dtype: DType::F32 })
+    }
+
     /// Whether there is a parameter `name` (always, where weights are not known beforehand).
     pub fn has_weight(&self, name: &str) -> bool {
         self.0.borrow().weights.as_ref().is_none_or(|w| w.contains_key(name))
@@ -664,11 +671,13 @@ mod tests {
         let w = t.weight("w", &[2]);
         let again = t.weight("w", &[2]);
         let f = t.weight("frozen", &[2]);
+        t.constant("inv_freq", &[2]); // never trained
         assert_eq!((w.id(), t.parameters().len()), (again.id(), 1));
         let next = w.assign(&(&w + &f));
         let g = t.finish(&[]).unwrap();
         assert_eq!(g.writes, [next.id().unwrap()]);
         assert!(matches!(g.nodes[0].op, Op::State { .. }) && matches!(g.nodes[1].op, Op::Weight { .. }));
+        assert!(matches!(g.nodes[2].op, Op::Weight { .. }));
     }
 
     #[test]

@@ -61,10 +61,10 @@ impl Facts {
     }
 
     /// Bytes that one token takes in a cache of element type `dtype`, all layers together (sliding windows included:
-    /// the pool keeps every token). SmolLM2-135M in F16: 30 layers * 2 * 3 heads * 64 * 2 bytes = 23040.
-    pub fn cache_bytes_per_token(&self, dtype: DType) -> usize {
-        let row = dtype.bytes_for(self.heads.head_dim).unwrap_or(4 * self.heads.head_dim);
-        2 * self.n_layers() * self.heads.n_kv_heads * row
+    /// the pool keeps every token); `None` if a head is no whole number of that type's blocks. SmolLM2-135M in F16:
+    /// 30 layers * 2 * 3 heads * 64 * 2 bytes = 23040.
+    pub fn cache_bytes_per_token(&self, dtype: DType) -> Option<usize> {
+        Some(2 * self.n_layers() * self.heads.n_kv_heads * dtype.bytes_for(self.heads.head_dim)?)
     }
 
     /// Multiplications and additions of attention's two products for one token that sees `context` tokens.
@@ -289,6 +289,7 @@ impl Model {
             }
             specs.push(WeightSpec { name, shape, source_name, transform });
         }
+        self.check_tied_head(source, &specs)?;
         let used: HashSet<&str> = specs.iter().map(|s| s.source_name.as_str()).collect();
         let extra: Vec<&str> = source
             .tensors()
@@ -302,6 +303,26 @@ impl Model {
             return Err(Error::ExtraWeights { file: file(), architecture, count, first });
         }
         Ok(specs)
+    }
+
+    /// A tied head may be stored a second time, but then it must be the table itself: another one means that the
+    /// configuration is wrong.
+    fn check_tied_head(&self, source: &Source, specs: &[WeightSpec]) -> Result<(), Error> {
+        let names = ["lm_head.weight", "language_model.lm_head.weight"];
+        let head = names.iter().find_map(|name| source.tensor(name)).filter(|_| self.facts().tied_head);
+        // The first weight that any model asks for is its table of tokens.
+        let table = specs.first().and_then(|table| source.tensor(&table.source_name));
+        match (head, table) {
+            (Some(head), Some(table)) if head.bytes != table.bytes => {
+                let problem = format!(
+                    "or its default ties the head to {}, but {} holds other values; set it to false, or take the tensor out",
+                    table.info.name, head.info.name
+                );
+                let (file, key) = (source.path().to_path_buf(), "tie_word_embeddings".to_string());
+                Err(Error::Config { file, key, problem })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The name of a parameter in files of `kind`, and the way from that file's layout to the graph's; a writer goes

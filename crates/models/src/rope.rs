@@ -113,7 +113,7 @@ impl Rope {
     #[track_caller]
     fn angles(&self, t: &Trace, batch: &Batch) -> (Tensor, Tensor) {
         let half = self.inv_freq.len();
-        let inv_freq = t.weight(&self.name, &[half]).cast(DType::F32);
+        let inv_freq = t.constant(&self.name, &[half]);
         let positions = batch.positions(t).cast(DType::F32).reshape(&[batch.n_tokens, 1, 1]);
         let angle = positions * inv_freq; // (N, 1, d/2)
         let scaled = |x: Tensor| {

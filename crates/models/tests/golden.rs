@@ -38,8 +38,7 @@ fn load(path: &str) -> Loaded {
         stored.push((spec.name, t.shape, t.dtype));
     }
     for c in model.constants() {
-        leaves.insert(c.name.clone(), Value::from_f32(&c.shape, &c.data));
-        stored.push((c.name, c.shape, DType::F32));
+        leaves.insert(c.name, Value::from_f32(&c.shape, &c.data));
     }
     Loaded { model, leaves, stored }
 }
