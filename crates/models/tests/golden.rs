@@ -1,6 +1,9 @@
 //! Tiny models whose logits transformers has computed (`scripts/goldens/models.py`), against the interpreter in f64:
 //! packed, through a paged cache step by step, and from GGUF files with llama.cpp's names and row orders.
 
+mod common;
+
+use common::{CASES, Expected, LENGTHS, expected, golden};
 use sparsam_dtype::codec;
 use sparsam_formats::Source;
 use sparsam_ir::interpret::{Leaves, Rounding, Value, interpret};
@@ -9,41 +12,29 @@ use sparsam_models::nn::{Batch, Cache};
 use sparsam_models::{Config, Model};
 use std::path::PathBuf;
 
-const CASES: [&str; 7] = ["llama", "llama_bias", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"];
-/// The lengths of the two sequences in every golden.
-const LENGTHS: [usize; 2] = [17, 9];
-
-fn golden(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")).join(name)
-}
-
 /// A model with its weights, and what they are stored in.
-struct Loaded {
+struct Run {
     model: Model,
     leaves: Leaves,
     stored: Vec<(String, Vec<usize>, DType)>,
 }
 
-fn load(path: &str) -> Loaded {
-    let source = Source::open(golden(path)).unwrap();
-    let model = Model::new(Config::from_source(&source).unwrap());
+fn load(path: &str) -> Run {
+    let (model, weights) = common::open(path);
     let (mut leaves, mut stored) = (Leaves::new(), Vec::new());
-    for spec in model.weights(&source).unwrap() {
-        let t = source.require(&spec.source_name).unwrap();
-        let t = spec.transform.apply(t.bytes, t.info.dtype, &t.info.shape).unwrap();
-        assert_eq!(t.shape, spec.shape, "{}", spec.name);
-        let mut x = vec![0f32; t.shape.iter().product()];
-        codec::decode(t.dtype, &t.bytes, &mut x).unwrap();
-        leaves.insert(spec.name.clone(), Value::from_f32(&t.shape, &x));
-        stored.push((spec.name, t.shape, t.dtype));
+    for w in weights {
+        let mut x = vec![0f32; w.shape.iter().product()];
+        codec::decode(w.dtype, &w.bytes, &mut x).unwrap();
+        leaves.insert(w.name.clone(), Value::from_f32(&w.shape, &x));
+        stored.push((w.name, w.shape, w.dtype));
     }
     for c in model.constants() {
         leaves.insert(c.name, Value::from_f32(&c.shape, &c.data));
     }
-    Loaded { model, leaves, stored }
+    Run { model, leaves, stored }
 }
 
-impl Loaded {
+impl Run {
     fn trace(&self) -> Trace {
         Trace::with_weights(self.stored.iter().map(|(n, s, d)| (n.clone(), (s.clone(), *d))).collect())
     }
@@ -68,8 +59,7 @@ impl Loaded {
     fn packed(&mut self, tokens: &[i32]) -> Vec<f64> {
         let n = LENGTHS[0] + LENGTHS[1];
         let graph = self.graph(&Batch::packed(n));
-        let positions = LENGTHS.iter().flat_map(|&l| 0..l as i32).collect();
-        let row_start = (0..n).map(|i| if i < LENGTHS[0] { 0 } else { LENGTHS[0] as i32 }).collect();
+        let (positions, row_start) = common::packed_inputs();
         self.run(
             &graph,
             &[
@@ -81,33 +71,13 @@ impl Loaded {
     }
 }
 
-struct Expected {
-    tokens: Vec<i32>,
-    logits: Vec<f32>,
-    /// Where a GGUF file cannot say all that config.json does, what is left gives these.
-    gguf_logits: Option<Vec<f32>>,
-    /// Twice the error of transformers' f32 against its f64: an f32 result may be so far from ours in f64.
-    tolerance: f64,
-}
-
-fn expected(case: &str) -> Expected {
-    let file = sparsam_formats::safetensors::File::open(golden(case).join("expected.safetensors")).unwrap();
-    let words = |name: &str| -> Vec<[u8; 4]> {
-        file.tensor(name).unwrap().bytes.chunks_exact(4).map(|b| b.try_into().unwrap()).collect()
-    };
-    let floats = |name: &str| -> Vec<f32> { words(name).into_iter().map(f32::from_le_bytes).collect() };
-    Expected {
-        tokens: words("tokens").into_iter().map(i32::from_le_bytes).collect(),
-        gguf_logits: file.tensor("gguf_logits").map(|_| floats("gguf_logits")),
-        logits: floats("logits"),
-        tolerance: 2.0 * floats("f32_error")[0] as f64,
-    }
-}
-
 fn check(what: &str, logits: &[f64], expected: &Expected) {
     assert_eq!(logits.len(), expected.logits.len(), "{what}");
     let off = logits.iter().zip(&expected.logits).map(|(a, b)| (a - *b as f64).abs()).fold(0.0, f64::max);
-    assert!(off <= expected.tolerance, "{what}: off by {off:.2e}, allowed {:.2e}", expected.tolerance);
+    // Ours is f64, so all of the difference should be transformers' rounding; twice, for the f64 that it is measured
+    // against still has f32 angles.
+    let allowed = 2.0 * expected.f32_error;
+    assert!(off <= allowed, "{what}: off by {off:.2e}, allowed {allowed:.2e}");
 }
 
 #[test]
