@@ -7,7 +7,10 @@
 //! Source: Dao et al. 2022, "FlashAttention" (algorithms 1 and 4) and Dao 2023, "FlashAttention-2"; grouped heads:
 //! Ainslie et al. 2023.
 
+mod block;
+mod forward;
 mod problem;
+#[cfg_attr(not(test), allow(dead_code))] // forward: only tests ask for it
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -257,7 +260,7 @@ fn forward(
         let zeros = vec![0.0; p.v_dim];
         (0..p.heads).for_each(|h| f.store(unseen[t], h, &zeros, f32::NEG_INFINITY));
     });
-    scalar(ctx, &f, p);
+    forward::forward(ctx, &f, p);
     Ok(())
 }
 
@@ -278,35 +281,4 @@ impl Forward {
             self.lse.inspect(|t| t.write(row, head, &[lse]));
         }
     }
-}
-
-/// The reference on the call's own memory, a task a row.
-fn scalar(ctx: &Context, f: &Forward, p: &Problem) {
-    let rows: Vec<_> = p.segments.iter().flat_map(|s| s.rows.clone().map(move |row| (s, row))).collect();
-    ctx.pool().run(rows.len(), |t| {
-        let (segment, row) = rows[t];
-        let seen = p.visible[row].clone();
-        if seen.is_empty() {
-            return;
-        }
-        let mut slots = vec![0; seen.len()];
-        p.slots(segment, seen.start, &mut slots);
-        let (mut q, mut out) = (vec![0.0; p.dim], vec![0.0; p.v_dim]);
-        for h in 0..p.heads {
-            let g = h / p.group();
-            // SAFETY: `Problem` checked the shapes that bound row, heads and slots, and inputs are not written.
-            let lse = unsafe {
-                f.q.read(row, h, &mut q);
-                reference::forward_row(
-                    &q,
-                    slots.len(),
-                    |j, to| f.k.read(slots[j], g, to),
-                    |j, to| f.v.read(slots[j], g, to),
-                    &p.scores,
-                    &mut out,
-                )
-            };
-            f.store(row, h, &out, lse);
-        }
-    });
 }

@@ -15,8 +15,6 @@ pub mod roof;
 pub mod row;
 #[allow(dead_code, unused_imports, unused_macros)] // each kernel takes its part
 mod simd;
-#[allow(dead_code)] // kernel files take what they need of it
-mod vexp;
 pub mod weight;
 
 pub use cpu::{Context, Cpu, Simd};
