@@ -3,9 +3,26 @@
 //! A code is always the nearest one; what is searched are the scales. For fixed codes the best scale is a quotient
 //! of sums (least squares), so a few trial scales per group give the codes, and least squares the scale that serves
 //! them best. Then the groups' scales are rounded to multiples of the block's, trying the neighbours too, and the
-//! block's scales are fitted once more to the final codes. Errors are squared and unweighted.
+//! block's scales are fitted once more to the final codes.
+//!
+//! Squared errors count by [`importance`]: large weights more than small ones.
 
 use crate::f16;
+
+/// How much the squared error of each element of a group counts: its magnitude plus the group's root mean square.
+///
+/// Nothing is known here of the activations, but large weights earn their size by mattering. Measured as perplexity
+/// of SmolLM2-135M-Instruct with all matrices in `IQ4_NL` (wikitext-2, 6 chunks of 512): 20.20 if all count the same,
+/// 19.48 with the square of the weight, 18.73 with this.
+pub(super) fn importance<const N: usize>(x: &[f32; N], group: usize) -> [f32; N] {
+    let mut w = x.map(f32::abs);
+    for part in w.chunks_mut(group) {
+        let rms = (part.iter().map(|v| v * v).sum::<f32>() / group as f32).sqrt();
+        // Lifted above 0, so that a group of zeros still has a best scale.
+        part.iter_mut().for_each(|v| *v += rms.max(f32::MIN_POSITIVE));
+    }
+    w
+}
 
 /// What codes stand for, before the scale.
 pub(super) trait Grid {
@@ -71,14 +88,28 @@ fn round(v: f32) -> f32 {
     (v + SHIFT) - SHIFT
 }
 
-/// Sums over `x` of the `N` terms that `f` gives for each element; eight partial sums each, so that they can be added
-/// as vectors. `x` is a group: 16 or 32 elements.
+/// A group (16 or 32 elements) and their importance.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    pub x: &'a [f32],
+    pub w: &'a [f32],
+}
+
+impl<'a> Part<'a> {
+    /// Group `g` of `n` elements.
+    fn of(x: &'a [f32; 256], w: &'a [f32; 256], g: usize, n: usize) -> Part<'a> {
+        Part { x: &x[g * n..(g + 1) * n], w: &w[g * n..(g + 1) * n] }
+    }
+}
+
+/// Sums over a group of the `N` terms that `f` gives for each element and its importance; eight partial sums each, so
+/// that they can be added as vectors.
 #[inline(always)]
-fn sums<const N: usize>(x: &[f32], f: impl Fn(f32) -> [f32; N]) -> [f32; N] {
+fn sums<const N: usize>(part: Part<'_>, f: impl Fn(f32, f32) -> [f32; N]) -> [f32; N] {
     let mut partial = [[0.0f32; 8]; N];
-    for eight in x.as_chunks::<8>().0 {
-        for (lane, &v) in eight.iter().enumerate() {
-            for (sum, term) in partial.iter_mut().zip(f(v)) {
+    for (x, w) in part.x.as_chunks::<8>().0.iter().zip(part.w.as_chunks::<8>().0) {
+        for lane in 0..8 {
+            for (sum, term) in partial.iter_mut().zip(f(x[lane], w[lane])) {
                 sum[lane] += term;
             }
         }
@@ -91,12 +122,12 @@ fn stored(v: f32) -> f32 {
     f16::from_f32(v).to_f32()
 }
 
-/// The squared error of `x` against `scale * nearest code`.
-fn error<G: Grid>(x: &[f32], scale: f32) -> f32 {
+/// The squared error of a group against `scale * nearest code`.
+fn error<G: Grid>(part: Part<'_>, scale: f32) -> f32 {
     let inverse = inverse(scale);
-    let [error] = sums(x, |v| {
+    let [error] = sums(part, |v, w| {
         let e = v - scale * G::nearest(v * inverse).1;
-        [e * e]
+        [w * e * e]
     });
     error
 }
@@ -106,8 +137,8 @@ fn inverse(d: f32) -> f32 {
 }
 
 /// The scale (of either sign) with the least squared error that the trials find; 0 for zeros.
-pub(super) fn best_scale<G: Grid>(x: &[f32]) -> f32 {
-    let largest = x.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
+pub(super) fn best_scale<G: Grid>(part: Part<'_>) -> f32 {
+    let largest = part.x.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
     // Below f32's normal numbers quotients overflow; f16 scales could not hold them anyway.
     if largest.abs() < 1e-30 {
         return 0.0;
@@ -116,10 +147,10 @@ pub(super) fn best_scale<G: Grid>(x: &[f32]) -> f32 {
     for end in G::ENDS {
         for trial in -TRIALS..=TRIALS {
             let inverse = end / largest * (1.0 + trial as f32 / TRIALS as f32 * G::SPREAD);
-            // With values q, the error of the best scale is sum(x^2) - sum(x q)^2 / sum(q^2).
-            let [xq, qq] = sums(x, |v| {
+            // With values q, the error of the best scale is sum(w x^2) - sum(w x q)^2 / sum(w q^2).
+            let [xq, qq] = sums(part, |v, w| {
                 let q = G::nearest(v * inverse).1;
-                [v * q, q * q]
+                [w * v * q, w * q * q]
             });
             if qq > 0.0 && xq * xq > best_gain * qq {
                 best_gain = xq * xq / qq;
@@ -141,7 +172,8 @@ pub(super) struct Symmetric<const GROUPS: usize> {
 /// Fits a block whose group scales are whole numbers from `lowest` (negative) to `-lowest - 1`.
 pub(super) fn symmetric<G: Grid, const GROUPS: usize>(x: &[f32; 256], lowest: i32) -> Symmetric<GROUPS> {
     let group = 256 / GROUPS;
-    let wanted: [f32; GROUPS] = std::array::from_fn(|g| best_scale::<G>(&x[g * group..(g + 1) * group]));
+    let w = importance(x, group);
+    let wanted: [f32; GROUPS] = std::array::from_fn(|g| best_scale::<G>(Part::of(x, &w, g, group)));
     let largest = wanted.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
     let mut d = stored(largest / lowest as f32);
     let mut scales = [0; GROUPS];
@@ -151,19 +183,19 @@ pub(super) fn symmetric<G: Grid, const GROUPS: usize>(x: &[f32; 256], lowest: i3
         let inverse_d = inverse(d);
         let (mut xv, mut vv) = (0.0f32, 0.0f32);
         for g in 0..GROUPS {
-            let part = &x[g * group..(g + 1) * group];
+            let part = Part::of(x, &w, g, group);
             let near = (wanted[g] * inverse_d).round() as i32;
             let tried = (near - 1..=near + 1).map(|s| s.clamp(lowest, -lowest - 1));
             let scored = tried.map(|s| (error::<G>(part, d * s as f32), s));
             scales[g] = scored.min_by(|a, b| a.0.total_cmp(&b.0)).expect("three are tried").1;
             let scale = d * scales[g] as f32;
             let inverse = inverse(scale);
-            for (e, &v) in part.iter().enumerate() {
+            for (e, (&v, &w)) in part.x.iter().zip(part.w).enumerate() {
                 let (code, value) = G::nearest(v * inverse);
                 codes[g * group + e] = code;
                 let unit = scales[g] as f32 * value;
-                xv += v * unit;
-                vv += unit * unit;
+                xv += w * v * unit;
+                vv += w * unit * unit;
             }
         }
         if round == 0 && vv > 0.0 {
@@ -189,33 +221,32 @@ fn code(v: f32, top: f32) -> f32 {
     round(v.clamp(0.0, top))
 }
 
-/// The squared error of `x` against `scale * code - min`.
-fn affine_error(x: &[f32], scale: f32, min: f32, top: f32) -> f32 {
+/// The squared error of a group against `scale * code - min`.
+fn affine_error(part: Part<'_>, scale: f32, min: f32, top: f32) -> f32 {
     let inverse = inverse(scale);
-    let [error] = sums(x, |v| {
+    let [error] = sums(part, |v, w| {
         let e = v - (scale * code((v + min) * inverse, top) - min);
-        [e * e]
+        [w * e * e]
     });
     error
 }
 
 /// Scale and minimum (both from 0) with the least squared error that the trials find.
-fn best_affine(x: &[f32], top: f32) -> (f32, f32) {
+fn best_affine(part: Part<'_>, top: f32) -> (f32, f32) {
     // The minimum is subtracted and not negative: a group of positive numbers starts at 0.
-    let (lo, hi) = x.iter().fold((0.0f32, f32::NEG_INFINITY), |(lo, hi), &v| (lo.min(v), hi.max(v)));
+    let (lo, hi) = part.x.iter().fold((0.0f32, f32::NEG_INFINITY), |(lo, hi), &v| (lo.min(v), hi.max(v)));
     let range = hi - lo;
     if range < 1e-30 {
         return (0.0, -lo);
     }
     let mut best = (range / top, -lo);
-    let mut best_error = affine_error(x, best.0, best.1, top);
+    let mut best_error = affine_error(part, best.0, best.1, top);
     for trial in -TRIALS..=TRIALS {
         let inverse = (top + trial as f32 / TRIALS as f32) / range;
         // Least squares of x = scale * q - min over the trial's codes.
-        let n = x.len() as f32;
-        let [q1, q2, x1, xq] = sums(x, |v| {
+        let [n, q1, q2, x1, xq] = sums(part, |v, w| {
             let q = code((v - lo) * inverse, top);
-            [q, q * q, v, v * q]
+            [w, w * q, w * q * q, w * v, w * v * q]
         });
         let det = n * q2 - q1 * q1;
         if det <= 0.0 {
@@ -228,7 +259,7 @@ fn best_affine(x: &[f32], top: f32) -> (f32, f32) {
         if scale <= 0.0 {
             continue;
         }
-        let error = affine_error(x, scale, min, top);
+        let error = affine_error(part, scale, min, top);
         if error < best_error {
             (best, best_error) = ((scale, min), error);
         }
@@ -240,8 +271,8 @@ fn best_affine(x: &[f32], top: f32) -> (f32, f32) {
 pub(super) fn affine<const GROUPS: usize>(x: &[f32; 256], top: u8, largest: u8) -> Affine<GROUPS> {
     let group = 256 / GROUPS;
     let top = f32::from(top);
-    let wanted: [(f32, f32); GROUPS] =
-        std::array::from_fn(|g| best_affine(&x[g * group..(g + 1) * group], top));
+    let w = importance(x, group);
+    let wanted: [(f32, f32); GROUPS] = std::array::from_fn(|g| best_affine(Part::of(x, &w, g, group), top));
     let most = |f: fn(&(f32, f32)) -> f32| wanted.iter().map(f).fold(0.0, f32::max);
     let mut d = stored(most(|w| w.0) / f32::from(largest));
     let mut dmin = stored(most(|w| w.1) / f32::from(largest));
@@ -256,7 +287,7 @@ pub(super) fn affine<const GROUPS: usize>(x: &[f32; 256], top: u8, largest: u8) 
         // Least squares of x = d * (scale * q) - dmin * min over the whole block.
         let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0f32, 0.0f32, 0.0f32, 0.0f32, 0.0f32);
         for g in 0..GROUPS {
-            let part = &x[g * group..(g + 1) * group];
+            let part = Part::of(x, &w, g, group);
             let mut least = f32::INFINITY;
             for s in around(wanted[g].0, d) {
                 for m in around(wanted[g].1, dmin) {
@@ -268,15 +299,15 @@ pub(super) fn affine<const GROUPS: usize>(x: &[f32; 256], top: u8, largest: u8) 
             }
             let (scale, min) = (f32::from(scales[g]), f32::from(mins[g]));
             let inverse = inverse(d * scale);
-            for (e, &v) in part.iter().enumerate() {
+            for (e, (&v, &w)) in part.x.iter().zip(part.w).enumerate() {
                 let q = code((v + dmin * min) * inverse, top);
                 codes[g * group + e] = q as u8;
                 let (a, b) = (scale * q, -min);
-                aa += a * a;
-                ab += a * b;
-                bb += b * b;
-                ax += a * v;
-                bx += b * v;
+                aa += w * a * a;
+                ab += w * a * b;
+                bb += w * b * b;
+                ax += w * a * v;
+                bx += w * b * v;
             }
         }
         let det = aa * bb - ab * ab;

@@ -178,7 +178,8 @@ pub fn encode_q8_1(x: &[f32; 32], block: &mut [u8; 36]) {
 
 /// `IQ4_NL` with a searched scale (`codec/fit.rs`).
 pub fn encode_iq4_nl(x: &[f32; 32], block: &mut [u8; 18]) {
-    put_f16(block, 0, fit::best_scale::<fit::Table>(x));
+    let part = fit::Part { x, w: &fit::importance(x, 32) };
+    put_f16(block, 0, fit::best_scale::<fit::Table>(part));
     // Codes for the scale as f16 holds it.
     let id = inverse(f16_at(block, 0));
     put_nibbles(&mut block[2..], &x.map(|v| fit::Table::nearest(v * id).0));
