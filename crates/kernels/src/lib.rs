@@ -13,7 +13,7 @@ pub mod movement;
 mod pool;
 pub mod roof;
 pub mod row;
-#[allow(dead_code, unused_imports, unused_macros)] // each kernel takes its part
+#[allow(dead_code)] // each kernel takes its part
 mod simd;
 pub mod weight;
 

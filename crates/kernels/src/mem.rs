@@ -101,6 +101,13 @@ pub struct Memory {
 #[derive(Clone, Copy)]
 pub(crate) struct Ptr(pub *mut u8);
 
+impl Ptr {
+    /// The address, for closures, which would capture the bare field.
+    pub fn get(self) -> *mut u8 {
+        self.0
+    }
+}
+
 // SAFETY: a `Ptr` is only an address; each kernel that shares it between threads states why its accesses are disjoint.
 unsafe impl Send for Ptr {}
 // SAFETY: as above.
@@ -186,8 +193,8 @@ impl Memory {
         ins: [&View; I],
         in_place: bool,
     ) -> Result<([Ptr; O], [Ptr; I]), Error> {
-        let (outs, ins) = self.resolve_slices(&outs, &ins, in_place)?;
-        Ok((std::array::from_fn(|i| outs[i]), std::array::from_fn(|i| ins[i])))
+        self.check(&outs, &ins, in_place)?;
+        Ok((outs.map(|v| self.address(v)), ins.map(|v| self.address(v))))
     }
 
     /// [`Memory::resolve`] for numbers of views known only at run time.
@@ -197,6 +204,28 @@ impl Memory {
         ins: &[&View],
         in_place: bool,
     ) -> Result<(Vec<Ptr>, Vec<Ptr>), Error> {
+        self.check(outs, ins, in_place)?;
+        let outs = outs.iter().map(|v| self.address(v)).collect();
+        Ok((outs, ins.iter().map(|v| self.address(v)).collect()))
+    }
+
+    /// [`Memory::resolve`] into an array, outputs first, where they fit.
+    pub(crate) fn resolve_into(
+        &mut self,
+        outs: &[&View],
+        ins: &[&View],
+        in_place: bool,
+        ptrs: &mut [Ptr],
+    ) -> Result<(), Error> {
+        self.check(outs, ins, in_place)?;
+        for (ptr, view) in ptrs.iter_mut().zip(outs.iter().chain(ins)) {
+            *ptr = self.address(view);
+        }
+        Ok(())
+    }
+
+    /// What [`Memory::resolve`] promises.
+    fn check(&self, outs: &[&View], ins: &[&View], in_place: bool) -> Result<(), Error> {
         for view in outs.iter().chain(ins) {
             self.check_bounds(view)?;
         }
@@ -216,16 +245,16 @@ impl Memory {
                 });
             }
         }
-        let mut address = |v: &&View| {
-            let base = match &mut self.slabs[v.slab] {
-                Slab::Owned(a) => a.lines.as_mut_ptr().cast::<u8>(),
-                Slab::Shared(a) => a.lines.as_ptr().cast::<u8>().cast_mut(),
-            };
-            Ptr(base.wrapping_add(v.layout.offset * v.dtype.block_bytes()))
+        Ok(())
+    }
+
+    /// The address of a checked view's first element.
+    fn address(&mut self, v: &View) -> Ptr {
+        let base = match &mut self.slabs[v.slab] {
+            Slab::Owned(a) => a.lines.as_mut_ptr().cast::<u8>(),
+            Slab::Shared(a) => a.lines.as_ptr().cast::<u8>().cast_mut(),
         };
-        let outs = outs.iter().map(&mut address).collect();
-        let ins = ins.iter().map(&mut address).collect();
-        Ok((outs, ins))
+        Ptr(base.wrapping_add(v.layout.offset * v.dtype.block_bytes()))
     }
 }
 

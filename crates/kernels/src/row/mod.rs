@@ -30,11 +30,15 @@
 //! assert_eq!(mem.f32(&x).unwrap(), [-2., -1., 0., 0., -1., -2.]);
 //! ```
 
+mod code;
+mod exec;
 mod program;
 pub(crate) mod reference;
+mod run;
 
 pub use program::{Binary, Instr, Program, Reduction, Store, Unary, Val};
 
+use crate::mem::Ptr;
 use crate::{Context, Error, Memory, View};
 use program::{Class, shape_error};
 use reference::Operand;
@@ -45,6 +49,7 @@ use sparsam_dtype::{DType, Layout};
 pub struct Code {
     program: Program,
     classes: Vec<Class>,
+    tiled: code::Tiled,
     ins: Vec<(DType, Layout)>,
     outs: Vec<(DType, Layout)>,
 }
@@ -61,7 +66,8 @@ impl Code {
     ) -> Result<Code, Error> {
         let classes = program.check(ins, outs)?;
         let own = |list: &[(DType, &Layout)]| list.iter().map(|&(d, l)| (d, l.clone())).collect();
-        Ok(Code { program: program.clone(), classes, ins: own(ins), outs: own(outs) })
+        let tiled = code::compile(program, &classes, ins, outs);
+        Ok(Code { program: program.clone(), classes, tiled, ins: own(ins), outs: own(outs) })
     }
 
     /// The program.
@@ -90,14 +96,23 @@ impl Code {
 ///
 /// # Errors
 /// Views that are not as the code was made for, lie out of bounds, or overlap in part.
-pub fn run(
-    _ctx: &Context,
-    mem: &mut Memory,
-    code: &Code,
-    outs: &[&View],
-    ins: &[&View],
-) -> Result<(), Error> {
-    run_reference(mem, code, outs, ins)
+pub fn run(ctx: &Context, mem: &mut Memory, code: &Code, outs: &[&View], ins: &[&View]) -> Result<(), Error> {
+    code.check_views(outs, ins)?;
+    let mut stack = [Ptr(std::ptr::null_mut()); 24];
+    let mut heap = Vec::new();
+    let n = outs.len() + ins.len();
+    let ptrs = if n <= stack.len() {
+        &mut stack[..n]
+    } else {
+        heap.resize(n, stack[0]);
+        &mut heap[..]
+    };
+    mem.resolve_into(outs, ins, true, ptrs)?;
+    let (out_ptrs, in_ptrs) = ptrs.split_at(outs.len());
+    let sum_columns = |o: usize| code.outs[o].1.shape.last().copied().unwrap_or(1);
+    // SAFETY: resolved just now for views that lie as the code was made for.
+    unsafe { run::run(ctx, &code.tiled, in_ptrs, out_ptrs, sum_columns) }
+    Ok(())
 }
 
 /// As [`run`], by the scalar reference on the calling thread: the meaning that the fast paths are held to.
@@ -122,84 +137,4 @@ pub fn run_reference(mem: &mut Memory, code: &Code, outs: &[&View], ins: &[&View
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Cpu;
-
-    #[test]
-    fn softmax_by_hand_and_column_sums() {
-        let program = Program {
-            shape: vec![2, 3],
-            instrs: vec![
-                Instr::Load { input: 0 },
-                Instr::Reduce(Reduction::Max, 0),
-                Instr::Binary(Binary::Sub, 0, 1),
-                Instr::Unary(Unary::Exp, 2),
-                Instr::Reduce(Reduction::Sum, 3),
-                Instr::Binary(Binary::Div, 3, 4),
-            ],
-            stores: vec![(0, 5, Store::Rows), (1, 5, Store::ColumnSum), (2, 4, Store::Rows)],
-        };
-        let mut mem = Memory::new();
-        let slab = mem.add_owned(24 + 12 + 8);
-        let ln2 = std::f32::consts::LN_2;
-        let x = [0.0, ln2, ln2 * 2.0, 5.0, 5.0, 5.0];
-        mem.bytes_mut(slab).unwrap()[..24].copy_from_slice(bytemuck::cast_slice(&x));
-        let x = View::contiguous(slab, DType::F32, &[2, 3]);
-        let at = |offset, shape: &[usize]| View {
-            layout: Layout { offset, ..Layout::contiguous(shape) },
-            ..x.clone()
-        };
-        let (sums, totals) = (at(6, &[1, 3]), at(9, &[2, 1]));
-        let outs = [&x, &sums, &totals];
-        let code =
-            Code::new(&program, &[(DType::F32, &x.layout)], &outs.map(|v| (v.dtype, &v.layout))).unwrap();
-        for cpu in Cpu::all() {
-            mem.bytes_mut(slab).unwrap()[..24].copy_from_slice(bytemuck::cast_slice(&[
-                0.0,
-                ln2,
-                ln2 * 2.0,
-                5.0,
-                5.0,
-                5.0,
-            ]));
-            run(&Context::new(2, cpu), &mut mem, &code, &outs, &[&x]).unwrap();
-            let want = [1.0 / 7.0, 2.0 / 7.0, 4.0 / 7.0, 1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0];
-            let close = |got: &[f32], want: &[f32]| got.iter().zip(want).all(|(a, b)| (a - b).abs() < 3e-7);
-            assert!(close(mem.f32(&x).unwrap(), &want));
-            let want = [want[0] + want[3], want[1] + want[4], want[2] + want[5]];
-            assert!(close(mem.f32(&sums).unwrap(), &want));
-            assert!(close(mem.f32(&totals).unwrap(), &[1.75, 3.0]));
-        }
-    }
-
-    #[test]
-    fn programs_that_mean_nothing_are_refused() {
-        let good = Program {
-            shape: vec![2, 3],
-            instrs: vec![Instr::Load { input: 0 }, Instr::Unary(Unary::Neg, 0)],
-            stores: vec![(0, 1, Store::Rows)],
-        };
-        let l = Layout::contiguous(&[2, 3]);
-        let narrow = Layout::contiguous(&[2, 1]);
-        let f32s = (DType::F32, &l);
-        assert!(Code::new(&good, &[f32s], &[f32s]).is_ok());
-        assert!(Code::new(&good, &[(DType::F32, &narrow)], &[f32s]).is_ok(), "a narrow value fills a row");
-        let refused = |program: &Program, ins: &[(DType, &Layout)], outs: &[(DType, &Layout)], why: &str| {
-            let e = Code::new(program, ins, outs).unwrap_err().to_string();
-            assert!(e.contains(why), "{e}");
-        };
-        refused(&good, &[], &[f32s], "input 0 of 0");
-        refused(&good, &[f32s], &[], "output 0 of 0");
-        refused(&good, &[f32s], &[f32s, f32s], "never stored");
-        refused(&good, &[f32s], &[(DType::F32, &narrow)], "output 0 has shape [2, 1]");
-        refused(&good, &[(DType::Q4_0, &l)], &[f32s], "plain numbers");
-        refused(&good, &[f32s], &[(DType::F32, &narrow.broadcast(&[2, 3]))], "many times");
-        let with = |instr| Program { instrs: vec![Instr::Load { input: 0 }, instr], ..good.clone() };
-        refused(&with(Instr::Unary(Unary::Neg, 1)), &[f32s], &[f32s], "not made yet");
-        refused(&with(Instr::Iota { axis: 2 }), &[f32s], &[f32s], "iota along axis 2");
-        refused(&with(Instr::Random { seed: 0, stream: 0 }), &[f32s], &[f32s], "I32 [2]");
-        let twice = Program { stores: vec![(0, 1, Store::Rows), (0, 0, Store::Rows)], ..good.clone() };
-        refused(&twice, &[f32s], &[f32s], "twice");
-    }
-}
+mod tests;

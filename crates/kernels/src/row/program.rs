@@ -153,6 +153,12 @@ impl Program {
         ins: &[(DType, &Layout)],
         outs: &[(DType, &Layout)],
     ) -> Result<Vec<Class>, Error> {
+        /// Registers and operands are numbered in 16 bits.
+        const MOST: usize = 50_000;
+        let total = self.instrs.len() + ins.len() + outs.len() + self.stores.len();
+        if total > MOST {
+            return Err(shape_error(format!("{total} instructions and operands, at most {MOST}; split it")));
+        }
         let mut classes: Vec<Class> = Vec::with_capacity(self.instrs.len());
         let input = |i: usize| {
             ins.get(i).copied().ok_or_else(|| shape_error(format!("input {i} of {} inputs", ins.len())))

@@ -34,7 +34,7 @@ impl Operand<'_> {
 pub(super) fn run(program: &Program, classes: &[Class], outs: &[Operand], ins: &[Operand]) {
     let width = program.width();
     let rank = program.shape.len();
-    let mut sums: Vec<Vec<f64>> = program.stores.iter().map(|_| vec![0.0; width]).collect();
+    let mut sums: Vec<Vec<f64>> = program.stores.iter().map(|_| vec![0.0; width.max(1)]).collect();
     for row in 0..program.rows() {
         let mut index = vec![0; rank];
         let mut rest = row;

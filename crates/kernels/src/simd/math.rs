@@ -144,7 +144,7 @@ const ERF: [f32; 7] = [
     -0.376_126_32,
     0.112_836_726,
     -0.026_858_183,
-    0.005_198_036_8,
+    0.005_198_037,
     -0.000_810_869_7,
     8.226_304e-5,
 ];
@@ -182,7 +182,7 @@ unsafe fn trig<V: Vector, const COS: bool>(x: V) -> V {
         }
         let n = x.mul(V::splat(std::f32::consts::FRAC_2_PI)).nearest();
         let r = n.fnma(V::splat(1.570_796_4), x);
-        let r = n.fnma(V::splat(-4.371_138_8e-8), r);
+        let r = n.fnma(V::splat(-4.371_139e-8), r);
         let r = n.fnma(V::splat(-1.715_124_5e-15), r);
         let s = r.mul(r);
         let sin = horner(s, [-0.166_666_67, 0.008_333_374, -0.000_198_506_94, 2.808_463_3e-6]);
