@@ -20,6 +20,8 @@ pub(crate) type Key = [&'static str; 2];
 const MAX_SIZE: usize = 1 << 24;
 /// Most layers that are believed; the deepest model in use has 126.
 pub(crate) const MAX_LAYERS: usize = 4096;
+/// Largest head that is believed, 16 times the largest in use: every layer computes half as many frequencies.
+const MAX_HEAD_DIM: usize = 8192;
 
 /// The fields of one model's configuration.
 pub(crate) struct Fields<'a> {
@@ -158,19 +160,21 @@ impl<'a> Fields<'a> {
         self.opt_size(key)?.ok_or_else(|| self.error(key, "is missing; the model cannot be built without it"))
     }
 
-    /// A finite number, if the field is there.
+    /// A finite number from 0, if the field is there; no field of a model is ever negative.
     pub fn opt_real(&self, key: Key) -> Result<Option<f64>, Error> {
         // A GGUF number is an f32 that was written as a short decimal: 1e-5 becomes 9.9999997e-6. Its shortest decimal
         // is the number that was meant.
         let widen = |x: f32| x.to_string().parse().unwrap_or(x as f64);
         let found = self.field(key, "a number", Value::as_f64, |m, k| Ok(m.opt_f32(k)?.map(widen)))?;
         match found {
-            Some(x) if !x.is_finite() => Err(self.error(key, format!("is {x}, where a number is expected"))),
+            Some(x) if !(x.is_finite() && x >= 0.0) => {
+                Err(self.error(key, format!("is {x}, where a number from 0 is expected")))
+            }
             other => Ok(other),
         }
     }
 
-    /// A finite number.
+    /// A finite number from 0.
     pub fn real(&self, key: Key) -> Result<f64, Error> {
         self.opt_real(key)?.ok_or_else(|| self.error(key, "is missing; the model cannot be built without it"))
     }
@@ -303,9 +307,10 @@ impl<'a> Fields<'a> {
                 self.error(["partial_rotary_factor", ""], format!("is {part}; only 1 is implemented"))
             );
         }
-        if head_dim % 2 == 1 || n_heads.saturating_mul(head_dim) > MAX_SIZE {
-            let problem =
-                format!("is {head_dim} for {n_heads} heads; an even number, {MAX_SIZE} in all, is possible");
+        if head_dim % 2 == 1 || head_dim > MAX_HEAD_DIM || n_heads.saturating_mul(head_dim) > MAX_SIZE {
+            let problem = format!(
+                "is {head_dim} for {n_heads} heads; an even number up to {MAX_HEAD_DIM}, {MAX_SIZE} in all, is possible"
+            );
             return Err(self.error(dim_key, problem));
         }
         Ok(Heads { n_heads, n_kv_heads, head_dim })

@@ -66,6 +66,9 @@ impl Config {
             None => f.rope("sliding_attention", &heads, context_length)?,
         };
         let scalar = match f.opt_real(["query_pre_attn_scalar", ""])? {
+            Some(0.0) => {
+                return Err(f.error(["query_pre_attn_scalar", ""], "is 0; scores are divided by its root"));
+            }
             Some(scalar) => scalar,
             None if f.is_gguf() && n_layers == LAYERS_27B => hidden_size as f64 / heads.n_heads as f64,
             None if f.is_gguf() => heads.head_dim as f64,

@@ -57,7 +57,7 @@ fn wrong_fields_are_named() {
     line("llama", json!({"num_key_value_heads": 2}), "num_key_value_heads is 2, which does not divide 3");
     line("llama", json!({"num_attention_heads": 5, "num_key_value_heads": 1}), "cannot be shared by 5 heads");
     line("llama", json!({"head_dim": 7}), "head_dim is 7 for 3 heads; an even number");
-    line("llama", json!({"head_dim": 1 << 23}), "head_dim is 8388608 for 3 heads");
+    line("llama", json!({"head_dim": 1 << 23}), "head_dim is 8388608 for 3 heads; an even number up to 8192");
     line(
         "llama",
         json!({"partial_rotary_factor": 0.5}),
@@ -65,6 +65,11 @@ fn wrong_fields_are_named() {
     );
     line("llama", json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\"; only silu is implemented");
     line("llama", json!({"rms_norm_eps": null}), "rms_norm_eps is missing");
+    line(
+        "llama",
+        json!({"rms_norm_eps": -1e-5}),
+        "rms_norm_eps is -0.00001, where a number from 0 is expected",
+    );
     line("llama", json!({"rms_norm_eps": true}), "rms_norm_eps is true, where a number is expected");
     let rope = |fields: Value| json!({ "rope_scaling": fields });
     line("llama", rope(json!({"type": "dynamic", "factor": 2})), "rope_scaling.rope_type is \"dynamic\"");
@@ -81,6 +86,7 @@ fn wrong_fields_are_named() {
         json!({"use_bidirectional_attention": true}),
         "use_bidirectional_attention is true; only false",
     );
+    line("gemma3", json!({"query_pre_attn_scalar": 0}), "query_pre_attn_scalar is 0");
     line("gpt2", json!({"n_head": 5}), "n_head is 5, which does not divide 18 channels");
     line("gpt2", json!({"activation_function": "relu"}), "activation_function is \"relu\"");
     line("gpt2", json!({"scale_attn_by_inverse_layer_idx": true}), "scale_attn_by_inverse_layer_idx is true");
@@ -236,6 +242,50 @@ fn wrong_metadata_are_named() {
     };
     let e = with_metadata("llama.gguf", four).unwrap_err().to_string();
     assert!(e.contains("rope_freqs.weight has shape [4] (F32), heads need [2]"), "{e}");
+}
+
+/// Whatever stands in one field, the answer is a model or an error.
+#[test]
+fn no_value_of_a_field_makes_it_panic() {
+    let values = json!([
+        null, true, false, -1, 0, 1, 2, 7, 4096, 16_777_216, u64::MAX, 0.5, -1e308, 1e308, "", "linear", [], {}, ["x"],
+        {"rope_type": "yarn"}, {"rope_type": "llama3", "factor": 1e308, "low_freq_factor": 1, "high_freq_factor": 1}
+    ]);
+    let mut accepted = 0;
+    let mut tried = 0;
+    for case in ["llama", "qwen2", "gemma3", "gpt2"] {
+        let folder = tempfile::tempdir().unwrap();
+        let copy = |name: &str| std::fs::copy(golden(case).join(name), folder.path().join(name)).unwrap();
+        copy("model.safetensors");
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(golden(case).join("config.json")).unwrap()).unwrap();
+        for key in config.as_object().unwrap().keys() {
+            for value in values.as_array().unwrap() {
+                let mut config = config.clone();
+                config[key] = value.clone();
+                std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+                accepted += open(folder.path()).is_ok() as usize;
+                tried += 1;
+            }
+        }
+    }
+    // Some values are right for some fields, most are wrong for most.
+    assert!(accepted > tried / 50 && accepted < tried / 2, "{accepted} of {tried} accepted");
+}
+
+#[test]
+fn impossible_metadata_are_refused_by_key() {
+    use gguf::{Array, Value as V};
+    // None of these is ever a size, a factor, a name or a list of layers.
+    let values = [V::F32(f32::NAN), V::F32(-1.0), V::I64(-1), V::Array(Array::U32(vec![1, 2]))];
+    let source = Source::open(golden("gemma3.gguf")).unwrap();
+    for (key, _) in source.gguf_metadata().unwrap().iter().filter(|(k, _)| k.starts_with("gemma3.")) {
+        for value in &values {
+            let edit = |m: &mut gguf::Metadata| drop(m.insert(key, value.clone()));
+            let e = with_metadata("gemma3.gguf", edit).expect_err(&format!("{key} = {value}")).to_string();
+            assert!(e.contains(key), "{key} = {value}: {e}");
+        }
+    }
 }
 
 #[test]
