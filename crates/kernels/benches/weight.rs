@@ -1,0 +1,137 @@
+//! Packed weights at the shapes of SmolLM2-135M: one token (GB/s of weights) and a prompt of 512 (GOP/s).
+//!
+//! `cargo bench -p sparsam-kernels --bench weight [-- NAME]`; `SPARSAM_SIMD`, `BENCH_THREADS`, `BENCH_SECONDS`.
+
+mod common;
+
+use common::{best, context, numbers, read_bandwidth, tensor, wanted};
+use sparsam_dtype::{DType, codec};
+use sparsam_kernels::weight::{Weight, matmul, matmul_t};
+use sparsam_kernels::{Context, Memory, Precision, View};
+
+const LAYERS: usize = 30;
+
+/// Weights of one layer that share an activation: outputs of each, and inputs.
+const GROUPS: [(&[usize], usize); 4] =
+    [(&[576, 192, 192], 576), (&[576], 576), (&[1536, 1536], 576), (&[576], 1536)];
+
+fn weight(dtype: DType, rows: usize, cols: usize, seed: u64) -> Weight {
+    let len = dtype.bytes_for(rows * cols).expect("whole blocks");
+    let mut bytes = vec![0; len];
+    if codec::can_encode(dtype) {
+        codec::encode(dtype, &numbers(rows * cols, seed), &mut bytes).expect("lengths fit");
+    } else {
+        bytes = numbers(len, seed).iter().map(|v| (v * 128.0 + 128.0) as u8).collect();
+    }
+    Weight::pack(dtype, rows, cols, &bytes).expect("a whole matrix")
+}
+
+/// One model: groups of weights over one activation, layer after layer, and the head.
+struct Model {
+    groups: Vec<Vec<Weight>>,
+    head: Option<Weight>,
+}
+
+impl Model {
+    fn new(dtype: DType, head: Option<DType>) -> Model {
+        let fits = |k: usize| k.is_multiple_of(dtype.block_len());
+        let groups = (0..LAYERS)
+            .flat_map(|l| GROUPS.map(|g| (l, g)))
+            .filter(|(_, (_, k))| fits(*k))
+            .map(|(l, (rows, k))| rows.iter().map(|&n| weight(dtype, n, k, l as u64)).collect())
+            .collect();
+        Model { groups, head: head.map(|d| weight(d, 49152, 576, 99)) }
+    }
+
+    fn weights(&self) -> impl Iterator<Item = &Weight> {
+        self.groups.iter().flatten().chain(&self.head)
+    }
+
+    /// Best and median seconds for all products with `m` rows of activations.
+    fn time(&self, ctx: &Context, m: usize, precision: Precision) -> (f64, f64) {
+        let mut mem = Memory::new();
+        let sets: Vec<(View, Vec<View>, Vec<&Weight>)> = self
+            .groups
+            .iter()
+            .map(|g| g.iter().collect::<Vec<_>>())
+            .chain(self.head.iter().map(|h| vec![h]))
+            .map(|ws| {
+                let k = ws[0].cols();
+                let a = tensor(&mut mem, &[m, k], 5);
+                let out = |w: &&Weight| {
+                    View::contiguous(mem.add_owned(m * w.rows() * 4), DType::F32, &[m, w.rows()])
+                };
+                let outs = ws.iter().map(out).collect();
+                (a, outs, ws)
+            })
+            .collect();
+        best(|| {
+            for (a, outs, ws) in &sets {
+                let outs: Vec<&View> = outs.iter().collect();
+                matmul(ctx, &mut mem, &outs, a, ws, precision).expect("shapes fit");
+            }
+        })
+    }
+}
+
+fn main() {
+    let ctx = context();
+    let roof = read_bandwidth(&ctx);
+    println!("{} threads, {}; {roof:.1} GB/s read from memory", ctx.pool().threads(), ctx.cpu());
+    use DType::*;
+    use Precision::{Bf16, Int8};
+    let sets = [
+        (Q4_0, Int8),
+        (Q4_1, Int8),
+        (Q5_0, Int8),
+        (Q5_1, Int8),
+        (Q8_0, Int8),
+        (IQ4_NL, Int8),
+        (Q4_K, Int8),
+        (Q5_K, Int8),
+        (Q6_K, Int8),
+        (Q4_0, Precision::F32),
+        (Q4_1, Precision::F32),
+        (Q8_0, Precision::F32),
+        (Q4_K, Precision::F32),
+        (F16, Precision::F32),
+        (BF16, Precision::F32),
+        (F32, Precision::F32),
+        (Q4_0, Bf16),
+        (BF16, Bf16),
+    ];
+    for (dtype, precision) in sets {
+        for m in [1, 8, 512] {
+            let name = format!("{dtype} {precision:?} M={m}");
+            if !wanted(&name) {
+                continue;
+            }
+            let plain = if dtype.is_block() { Q8_0 } else { dtype };
+            let model = Model::new(dtype, (m == 1).then_some(plain));
+            let bytes: usize = model.weights().map(Weight::bytes).sum();
+            let elements: usize = model.weights().map(|w| w.rows() * w.cols()).sum();
+            let (t, median) = model.time(&ctx, m, precision);
+            let (gb, gop) = (bytes as f64 / t / 1e9, 2e-9 * (m * elements) as f64 / t);
+            println!(
+                "{name:20} {:8.0} tokens/s (median {:8.0}), {gb:5.1} GB/s ({:3.0}% of memory), {gop:6.1} GOP/s",
+                m as f64 / t,
+                m as f64 / median,
+                100.0 * gb / roof
+            );
+        }
+    }
+    let name = "Q4_0 transposed";
+    if wanted(name) {
+        let w = weight(Q4_0, 1536, 576, 3);
+        let mut mem = Memory::new();
+        let a = tensor(&mut mem, &[1024, 1536], 4);
+        let out = View::contiguous(mem.add_owned(1024 * 576 * 4), F32, &[1024, 576]);
+        for precision in [Precision::F32, Bf16] {
+            let (t, _) = best(|| matmul_t(&ctx, &mut mem, &out, &a, &w, precision).expect("shapes fit"));
+            println!(
+                "{name} {precision:?} 1024 x 1536 x 576: {:.1} GFLOP/s",
+                2e-9 * (1024 * 1536 * 576) as f64 / t
+            );
+        }
+    }
+}
