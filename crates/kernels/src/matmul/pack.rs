@@ -1,5 +1,8 @@
 //! Packing: lanes of a strided matrix side by side, as the tiles read them.
 
+use crate::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::Simd;
 use sparsam_dtype::{DType, bf16, f16};
 
 /// A strided matrix of plain floats whose *lanes* (rows of A, columns of B) are to lie side by side.
@@ -20,34 +23,46 @@ unsafe impl Send for Lanes {}
 // SAFETY: as above.
 unsafe impl Sync for Lanes {}
 
-/// How packed elements are written.
+/// What packed words hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Packing {
+pub(crate) enum Words {
     /// f32.
     F32,
     /// f32 rounded to bf16's numbers.
     Rounded,
-    /// Words of two bf16: k even in the low half, k odd in the high one, a missing last one 0.
+    /// Two bf16: k even in the low half, k odd in the high one, a missing last one 0.
     Pairs,
+}
+
+/// How elements are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    /// What is written.
+    pub words: Words,
+    /// With which instructions; pairs with AVX-512 BF16 if `cpu` has it.
+    pub cpu: Cpu,
 }
 
 impl Packing {
     /// Words of 4 bytes, and steps of a tile, for `k` elements.
     pub fn steps(self, k: usize) -> usize {
-        if self == Packing::Pairs { k.div_ceil(2) } else { k }
+        if self.words == Words::Pairs { k.div_ceil(2) } else { k }
     }
 }
 
-/// `x` rounded to bf16 (nearest, ties to even) and back.
+/// Rounds to bf16 (nearest, ties to even) and back; a NaN stays one. Plain arithmetic on bits, so that a loop over it
+/// becomes vector code.
 #[inline]
 pub(crate) fn round_bf16(x: f32) -> f32 {
-    bf16::from_f32(x).to_f32()
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
+    f32::from_bits(if x.is_nan() { (bits | 0x0040_0000) & 0xffff_0000 } else { rounded })
 }
 
 /// The word of two bf16 that the tiles for pairs read.
 #[inline]
 pub(crate) fn pair(even: f32, odd: f32) -> f32 {
-    f32::from_bits(bf16::from_f32(even).to_bits() as u32 | (bf16::from_f32(odd).to_bits() as u32) << 16)
+    f32::from_bits(round_bf16(even).to_bits() >> 16 | round_bf16(odd).to_bits())
 }
 
 impl Lanes {
@@ -70,6 +85,15 @@ pub(crate) unsafe fn pack(
     width: usize,
     packing: Packing,
 ) {
+    let (mut src, mut kc, mut dst) = (*src, kc, dst);
+    #[cfg(target_arch = "x86_64")]
+    if packing.cpu.simd >= Simd::Avx2 {
+        // SAFETY: the caller's promise; `Context` vouches for the instructions.
+        let done = unsafe { super::pack_x86::pack(&src, lanes, kc, dst, width, packing) };
+        (src, kc) = (src.at(0, done), kc - done);
+        dst = dst.wrapping_add(packing.steps(done) * width);
+    }
+    let src = &src;
     // SAFETY: the caller's promise; each loader reads the element type that the source holds.
     unsafe {
         match src.dtype {
@@ -92,7 +116,7 @@ pub(crate) unsafe fn pack(
 
 #[inline(always)]
 unsafe fn write(
-    get: impl Fn(usize) -> f32 + Copy,
+    get: impl Fn(usize) -> f32,
     src: &Lanes,
     lanes: usize,
     kc: usize,
@@ -100,59 +124,64 @@ unsafe fn write(
     width: usize,
     packing: Packing,
 ) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match (width, packing) {
-            // Full strips and panels with the width known to the compiler.
-            (16, Packing::F32) if lanes == 16 => write_full::<16>(get, src, kc, dst),
-            (12, Packing::F32) if lanes == 12 => write_full::<12>(get, src, kc, dst),
-            (6, Packing::F32) if lanes == 6 => write_full::<6>(get, src, kc, dst),
-            (_, Packing::F32) => write_any(get, src, lanes, kc, dst, width),
-            (_, Packing::Rounded) => write_any(|i| round_bf16(get(i)), src, lanes, kc, dst, width),
-            (_, Packing::Pairs) => {
-                for s in 0..kc.div_ceil(2) {
-                    for l in 0..width {
-                        let at = l * src.lane + 2 * s * src.k;
-                        let odd = if l < lanes && 2 * s + 1 < kc { get(at + src.k) } else { 0.0 };
-                        *dst.add(s * width + l) = if l < lanes { pair(get(at), odd) } else { 0.0 };
+    let at = |l: usize, k: usize| if l < lanes && k < kc { get(l * src.lane + k * src.k) } else { 0.0 };
+    for s in 0..packing.steps(kc) {
+        for l in 0..width {
+            let word = match packing.words {
+                Words::F32 => at(l, s),
+                Words::Rounded => round_bf16(at(l, s)),
+                Words::Pairs => pair(at(l, 2 * s), at(l, 2 * s + 1)),
+            };
+            // SAFETY: the caller's promise.
+            unsafe { *dst.add(s * width + l) = word };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matmul::tests::numbers;
+
+    /// Every version packs the same words, at sizes around its own tiles, in every layout.
+    #[test]
+    fn every_version_packs_the_same_words() {
+        let mut x = numbers(20_000, 31);
+        x[7] = f32::NAN;
+        x[8] = f32::INFINITY;
+        let halves: Vec<f16> = x.iter().map(|&x| f16::from_f32(x)).collect();
+        let brains: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+        let sources = [
+            (DType::F32, x.as_ptr().cast()),
+            (DType::F16, halves.as_ptr().cast()),
+            (DType::BF16, brains.as_ptr().cast()),
+        ];
+        for (dtype, ptr) in sources {
+            for (lane, k) in [(1, 19), (101, 1), (2, 103), (0, 1)] {
+                let src = Lanes { ptr, dtype, lane, k };
+                for (lanes, width) in
+                    [(16, 16), (13, 16), (1, 16), (12, 12), (11, 11), (6, 6), (5, 5), (4, 4), (1, 1)]
+                {
+                    for kc in [1, 2, 7, 8, 9, 16, 17, 33, 100] {
+                        for words in [Words::F32, Words::Rounded, Words::Pairs] {
+                            let run = |cpu| {
+                                let mut out = vec![7.0f32; kc * width];
+                                let packing = Packing { words, cpu };
+                                // SAFETY: 20,000 numbers hold 16 lanes and 100 elements of each layout above.
+                                unsafe { pack(&src, lanes, kc, out.as_mut_ptr(), width, packing) };
+                                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                            };
+                            let want = run(Cpu::SCALAR);
+                            for cpu in Cpu::all() {
+                                assert!(
+                                    run(cpu) == want,
+                                    "{dtype} {lane} {k} {lanes} {width} {kc} {words:?} {cpu}"
+                                );
+                            }
+                        }
                     }
                 }
             }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn write_full<const W: usize>(get: impl Fn(usize) -> f32, src: &Lanes, kc: usize, dst: *mut f32) {
-    for k in 0..kc {
-        // SAFETY: the caller's promise.
-        let row = unsafe { &mut *dst.add(k * W).cast::<[f32; W]>() };
-        if src.lane == 1 {
-            for l in 0..W {
-                row[l] = get(k * src.k + l);
-            }
-        } else {
-            for l in 0..W {
-                row[l] = get(k * src.k + l * src.lane);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn write_any(
-    get: impl Fn(usize) -> f32,
-    src: &Lanes,
-    lanes: usize,
-    kc: usize,
-    dst: *mut f32,
-    width: usize,
-) {
-    for k in 0..kc {
-        for l in 0..width {
-            let v = if l < lanes { get(l * src.lane + k * src.k) } else { 0.0 };
-            // SAFETY: the caller's promise.
-            unsafe { *dst.add(k * width + l) = v };
         }
     }
 }

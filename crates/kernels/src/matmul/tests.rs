@@ -195,14 +195,14 @@ fn every_layout_and_type() {
 /// Large enough for several tasks, blocks of K and of N.
 #[test]
 fn several_blocks() {
-    check(&Case { m: 200, k: 600, n: 150, types: [DType::F32; 2], how: [How::Rows; 3] });
+    check(&Case { m: 200, k: 1100, n: 150, types: [DType::F32; 2], how: [How::Rows; 3] });
     check(&Case { m: 2, k: 3, n: 4100, types: [DType::F32; 2], how: [How::Columns; 3] });
     check(&Case { m: 3100, k: 3, n: 2, types: [DType::F32; 2], how: [How::Columns; 3] });
 }
 
 #[test]
 fn a_rows_result_does_not_depend_on_the_others() {
-    let (m, k, n) = (40, 700, 50);
+    let (m, k, n) = (40, 1100, 50);
     let (a, b) = (numbers(m * k, 3), numbers(k * n, 4));
     for cpu in Cpu::all() {
         for precision in [Precision::F32, Precision::Bf16] {

@@ -6,7 +6,7 @@
 use super::{Target, panel};
 use crate::Cpu;
 use crate::Pool;
-use crate::matmul::pack::{Lanes, Packing, pack, pair, round_bf16};
+use crate::matmul::pack::{Lanes, Packing, Words, pack};
 use crate::matmul::scratch::{Scratch, Shared};
 use crate::matmul::tile::{Args, PANEL, Tiles};
 use crate::matmul::{Block, Right, SERIAL, block_of_k, tasks};
@@ -45,7 +45,7 @@ impl Float<'_> {
         let parallel = m * k * rows > SERIAL;
         // A single f32 row is its own strip.
         let direct =
-            m == 1 && packing == Packing::F32 && self.a.dtype == DType::F32 && (self.a.k == 1 || k == 1);
+            m == 1 && packing.words == Words::F32 && self.a.dtype == DType::F32 && (self.a.k == 1 || k == 1);
         let row_steps = packing.steps(k.min(kb)) * k.div_ceil(kb);
         let mut scratch = Scratch::of::<f32>(if direct { 0 } else { m.min(ROWS) * row_steps });
         let a_pack = scratch.shared::<f32>();
@@ -95,12 +95,13 @@ impl Float<'_> {
         let panels = (w.panels() - first).min(tiles.panels);
         let cols = (w.rows() - first * PANEL).min(panels * PANEL);
         let kb = block_of_k(packing);
-        let in_place = match packing {
-            Packing::F32 => w.dtype() == DType::F32,
-            Packing::Pairs => w.dtype() == DType::BF16,
-            Packing::Rounded => false,
+        let in_place = match packing.words {
+            Words::F32 => w.dtype() == DType::F32,
+            Words::Pairs => w.dtype() == DType::BF16,
+            Words::Rounded => false,
         };
-        let mut scratch = Scratch::of::<f32>(if in_place { 0 } else { panels * PANEL * k.min(kb) });
+        let room = if in_place { 0 } else { PANEL * k.min(kb) };
+        let (mut decoded, mut scratch) = (Scratch::of::<f32>(room), Scratch::of::<f32>(panels * room));
         for k0 in (0..k).step_by(kb) {
             let kc = (k - k0).min(kb);
             let steps = packing.steps(kc);
@@ -108,12 +109,19 @@ impl Float<'_> {
                 (w.panel_from(first, k0).as_ptr().cast::<f32>(), w.panel_bytes() / 4)
             } else {
                 for p in 0..panels {
-                    let bytes = &mut scratch.bytes_mut()[p * kc * PANEL * 4..][..kc * PANEL * 4];
-                    let out: &mut [f32] = bytemuck::cast_slice_mut(bytes);
+                    let to = scratch.ptr::<f32>().wrapping_add(p * steps * PANEL);
+                    let f32s = packing.words == Words::F32;
+                    let out = if f32s { to } else { decoded.ptr() };
+                    // SAFETY: both buffers have room for `kc` elements of 16 rows.
+                    let out = unsafe { std::slice::from_raw_parts_mut(out, kc * PANEL) };
                     panel::decode(self.cpu, w.dtype(), w.panel_from(first + p, k0), kc, out);
-                    narrow(out, packing);
+                    if !f32s {
+                        let src = Lanes { ptr: out.as_ptr().cast(), dtype: DType::F32, lane: 1, k: PANEL };
+                        // SAFETY: as above.
+                        unsafe { pack(&src, PANEL, kc, to, PANEL, packing) };
+                    }
                 }
-                (scratch.ptr::<f32>().cast_const(), kc * PANEL)
+                (scratch.ptr::<f32>().cast_const(), steps * PANEL)
             };
             for row in (0..mc).step_by(tiles.strip) {
                 let args = Args {
@@ -129,23 +137,6 @@ impl Float<'_> {
                 // SAFETY: strips are packed, panels decoded or in place; the tile of C lies within the output,
                 // checked at the door, and belongs to this task alone; `Context` vouches for the instructions.
                 unsafe { tiles.run(&args, (mc - row).min(tiles.strip), cols, target.out.cs) };
-            }
-        }
-    }
-}
-
-/// Rounds a decoded panel to bf16 in place: as f32, or as pairs in the first half of it.
-fn narrow(panel: &mut [f32], packing: Packing) {
-    match packing {
-        Packing::F32 => {}
-        Packing::Rounded => panel.iter_mut().for_each(|x| *x = round_bf16(*x)),
-        Packing::Pairs => {
-            let kc = panel.len() / PANEL;
-            for s in 0..kc.div_ceil(2) {
-                for r in 0..PANEL {
-                    let odd = if 2 * s + 1 < kc { panel[(2 * s + 1) * PANEL + r] } else { 0.0 };
-                    panel[s * PANEL + r] = pair(panel[2 * s * PANEL + r], odd);
-                }
             }
         }
     }
@@ -171,21 +162,14 @@ impl Right for Transposed<'_> {
         let rows: &mut [f32] = &mut bytemuck::cast_slice_mut(scratch.bytes_mut())[..nc * PANEL];
         panel::decode(self.cpu, w.dtype(), w.panel_from(k0 / PANEL + task, n0), nc, rows);
         let steps = packing.steps(kc);
-        let first = task * PANEL;
-        let last = kc.min(first + PANEL);
-        for j in 0..nc.next_multiple_of(PANEL) {
-            // Rows past the last one were packed as zeros, so the missing half of a last pair is 0.
-            let x = |r: usize| if j < nc && r < last { rows[j * PANEL + r - first] } else { 0.0 };
-            let column = j / PANEL * PANEL * steps + j % PANEL;
-            let put = |step: usize, v: f32| {
-                // SAFETY: the scratch has room for all panels of `nc` columns; these steps are this task's own.
-                unsafe { *dst.at(column + step * PANEL) = v };
-            };
-            match packing {
-                Packing::F32 => (first..last).for_each(|r| put(r, x(r))),
-                Packing::Rounded => (first..last).for_each(|r| put(r, round_bf16(x(r)))),
-                Packing::Pairs => (first..last).step_by(2).for_each(|r| put(r / 2, pair(x(r), x(r + 1)))),
-            }
+        let first = task * PANEL; // even: pairs never straddle tasks
+        for j in (0..nc).step_by(PANEL) {
+            let columns = rows[j * PANEL..].as_ptr().cast();
+            let src = Lanes { ptr: columns, dtype: DType::F32, lane: PANEL, k: 1 };
+            let to = dst.at(j * steps + packing.steps(first) * PANEL);
+            // SAFETY: 16 x 16 numbers are decoded, or as many as there are columns; the scratch has room for all
+            // panels of `nc` columns, and these steps are this task's own.
+            unsafe { pack(&src, (nc - j).min(PANEL), (kc - first).min(PANEL), to, PANEL, packing) };
         }
     }
 }
