@@ -7,10 +7,11 @@
 //! Source: Dao et al. 2022, "FlashAttention" (algorithms 1 and 4) and Dao 2023, "FlashAttention-2"; grouped heads:
 //! Ainslie et al. 2023.
 
+mod backward;
 mod block;
 mod forward;
 mod problem;
-#[cfg_attr(not(test), allow(dead_code))] // forward: only tests ask for it
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,6 @@ mod tests;
 use crate::{Context, Error, Memory, View};
 use problem::{Problem, Tensor, check_rows, check_shape};
 use sparsam_dtype::DType;
-use std::ops::Range;
 
 /// How scores are made.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -155,7 +155,7 @@ pub fn packed_backward(
         dk: Tensor::new(grads[1], g[1]),
         dv: Tensor::new(grads[2], g[2]),
     };
-    scalar_backward(ctx, &b, &p);
+    backward::backward(ctx, &b, &p);
     Ok(())
 }
 
@@ -170,52 +170,6 @@ struct Backward {
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-}
-
-/// The reference on the call's own memory, a task a key head.
-fn scalar_backward(ctx: &Context, b: &Backward, p: &Problem) {
-    let mut visible = vec![0..0; p.n];
-    for segment in &p.segments {
-        for i in segment.rows.clone().filter(|&i| !p.visible[i].is_empty()) {
-            // Rows of k that row i sees; they follow each other and end with i.
-            visible[i] = i + 1 - p.visible[i].len()..i + 1;
-        }
-    }
-    ctx.pool().run(p.kv_heads, |g| {
-        let read = |t: &Tensor, heads: Range<usize>, width: usize| {
-            let mut all = vec![0.0; p.n * heads.len() * width];
-            let vectors = (0..p.n).flat_map(|i| heads.clone().map(move |h| (i, h)));
-            for (n, (i, h)) in vectors.enumerate() {
-                // SAFETY: `packed_backward` checked types and shapes, and inputs are not written.
-                unsafe { t.read(i, h, &mut all[n * width..(n + 1) * width]) };
-            }
-            all
-        };
-        let heads = g * p.group()..(g + 1) * p.group();
-        let grads = reference::backward(
-            &reference::Group {
-                dim: p.dim,
-                v_dim: p.v_dim,
-                group: p.group(),
-                q: &read(&b.q, heads.clone(), p.dim),
-                k: &read(&b.k, g..g + 1, p.dim),
-                v: &read(&b.v, g..g + 1, p.v_dim),
-                out: &read(&b.out, heads.clone(), p.v_dim),
-                lse: &read(&b.lse, heads.clone(), 1),
-                dout: &read(&b.dout, heads.clone(), p.v_dim),
-                visible: &visible,
-            },
-            &p.scores,
-        );
-        let targets = [(&b.dq, heads, p.dim), (&b.dk, g..g + 1, p.dim), (&b.dv, g..g + 1, p.v_dim)];
-        for (grad, (t, heads, width)) in grads.iter().zip(targets) {
-            let vectors = (0..p.n).flat_map(|i| heads.clone().map(move |h| (i, h)));
-            for (n, (i, h)) in vectors.enumerate() {
-                // SAFETY: as above; the heads of a group belong to one task.
-                unsafe { t.write(i, h, &grad[n * width..(n + 1) * width]) };
-            }
-        }
-    });
 }
 
 /// Resolved operands of a forward call.

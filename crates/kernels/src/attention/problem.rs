@@ -98,6 +98,16 @@ pub(super) struct Problem {
     page_size: usize,
 }
 
+impl Segment {
+    /// The first row of a packed sequence.
+    pub(super) fn base(&self) -> usize {
+        match self.source {
+            Source::Packed { base } => base,
+            Source::Paged { .. } => unreachable!("the backward pass is packed"),
+        }
+    }
+}
+
 impl Problem {
     /// Query heads that share a key head.
     pub(super) fn group(&self) -> usize {

@@ -1,0 +1,307 @@
+//! The backward pass in tiles: Dao et al. 2022, algorithm 4, with one recomputation of the scores for all three
+//! gradients, hence 5 products where keeping the weights would take 4.
+//!
+//! Rows and keys of a sequence are cut into blocks of [`EDGE`]. A task takes one block of rows against one block of
+//! keys with one key head and adds to dq of the first, dk and dv of the second. Tasks run in waves: in wave w block `j`
+//! of keys meets block `j + w` of rows, so that no two tasks of a wave add to the same place and each place is added to
+//! in one fixed order, whatever the number of threads; sums need no memory beside the gradients.
+
+use super::Backward;
+use super::block::*;
+use super::problem::Problem;
+use crate::Context;
+use crate::matmul::scratch::Scratch;
+use crate::simd::{Vector, dispatch, math};
+use std::ops::Range;
+
+/// Rows and keys of a block. For heads of 64 a task holds K twice and V once (3 x 64 KiB), dk and dv (128 KiB), and for
+/// [`PART`] rows q, dout and dq (72 KiB) with two matrices of 96 x 272 x 4 = 102 KiB each: about 600 KiB of a second
+/// level of 1 MiB. Packing and adding up cost less than 2% of the products.
+const EDGE: usize = 256;
+
+/// Rows whose weights and score gradients are held at once: a multiple of [`BLOCK`].
+const PART: usize = 96;
+
+/// Floats from one row of weights to the next: 17 lines, an odd number, so that a column of rows spreads over all sets
+/// of the first-level cache.
+const STRIDE: usize = EDGE + UNIT;
+
+/// Rows that see no row before the first.
+struct Span {
+    rows: Range<usize>,
+}
+
+impl Span {
+    fn block(&self, b: usize) -> Range<usize> {
+        let start = self.rows.start + b * EDGE;
+        start..self.rows.end.min(start + EDGE)
+    }
+}
+
+pub(super) fn backward(ctx: &Context, b: &Backward, p: &Problem) {
+    ctx.pool().run(p.n.div_ceil(EDGE), |t| {
+        let zeros = vec![0.0; p.dim.max(p.v_dim)];
+        for i in t * EDGE..p.n.min((t + 1) * EDGE) {
+            // SAFETY: `packed_backward` checked the shapes, and row i belongs to one task.
+            unsafe {
+                (0..p.heads).for_each(|h| b.dq.write(i, h, &zeros[..p.dim]));
+                (0..p.kv_heads).for_each(|g| b.dk.write(i, g, &zeros[..p.dim]));
+                (0..p.kv_heads).for_each(|g| b.dv.write(i, g, &zeros[..p.v_dim]));
+            }
+        }
+    });
+    // Sequences, from the last to the first: segments belong together if a later one sees rows of an earlier one.
+    let mut spans: Vec<Span> = vec![];
+    for segment in p.segments.iter().rev() {
+        let (mut start, mut end) = (segment.base(), segment.rows.end);
+        while let Some(later) = spans.pop_if(|later| later.rows.start < end) {
+            (start, end) = (start.min(later.rows.start), end.max(later.rows.end));
+        }
+        spans.push(Span { rows: start..end });
+    }
+    // A row sees at most this many blocks back.
+    let reach = p.scores.window.map_or(usize::MAX, |w| w.div_ceil(EDGE));
+    for wave in 0.. {
+        let meet = |s: &Span| s.rows.len().div_ceil(EDGE).saturating_sub(wave);
+        let tasks: Vec<(&Span, usize)> =
+            spans.iter().flat_map(|s| (0..meet(s)).map(move |j| (s, j))).collect();
+        if tasks.is_empty() || wave > reach {
+            break;
+        }
+        ctx.pool().run(tasks.len() * p.kv_heads, |t| {
+            let (span, j) = tasks[t % tasks.len()];
+            // SAFETY: `packed_backward` checked the shapes that bound rows and heads; within a wave each block of rows
+            // and each block of keys belongs to one task; the context's machine has its instructions.
+            unsafe {
+                run_task(ctx.cpu().simd, b, p, span.block(j + wave), span.block(j), t / tasks.len());
+            }
+        });
+    }
+}
+
+dispatch! {
+    unsafe fn run_task(b: &Backward, p: &Problem, rows: Range<usize>, keys: Range<usize>, kv_head: usize) = task
+}
+
+#[inline(always)]
+unsafe fn task<V: Transpose>(
+    b: &Backward,
+    p: &Problem,
+    rows: Range<usize>,
+    keys: Range<usize>,
+    kv_head: usize,
+) {
+    let group = p.group();
+    let (dim, v_dim) = (p.dim.next_multiple_of(UNIT), p.v_dim.next_multiple_of(UNIT));
+    // Columns of the block that row i sees. Row i's keys end with i.
+    let seen = |i: usize| {
+        let first = i + 1 - p.visible[i].len();
+        let inside = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
+        inside(first)..inside(i + 1)
+    };
+    let union = |rows: Range<usize>| {
+        let all = rows.map(seen).filter(|r| !r.is_empty());
+        let (low, high) = all.fold((EDGE, 0), |(l, h), r| (l.min(r.start), h.max(r.end)));
+        low.min(high)..high
+    };
+    if union(rows.clone()).is_empty() {
+        return;
+    }
+    let sizes = [
+        EDGE * p.dim,   // K, transposed
+        EDGE * p.v_dim, // V, transposed
+        EDGE * dim,     // K
+        EDGE * dim,     // dk
+        EDGE * v_dim,   // dv
+        PART * dim,     // q
+        PART * v_dim,   // dout
+        PART * dim,     // dq
+        PART * STRIDE,  // weights
+        PART * STRIDE,  // gradients of scores
+    ];
+    let mut words = Scratch::of::<f32>(sizes.iter().sum());
+    let mut at = words.ptr::<f32>();
+    let mut take = |i: usize| {
+        let here = at;
+        at = at.wrapping_add(sizes[i]);
+        here
+    };
+    let (kt, vt, k, dk, dv) = (take(0), take(1), take(2), take(3), take(4));
+    let (q, dout, dq, weights, grads) = (take(5), take(6), take(7), take(8), take(9));
+    // Scores in base 2, as the forward pass has them.
+    let (factor, dk_factor) = match p.scores.softcap {
+        Some(cap) => (p.scores.scale / cap, cap),
+        None => (p.scores.scale * std::f32::consts::LOG2_E, std::f32::consts::LN_2),
+    };
+    let mut slots = [0; EDGE];
+    let slots = &mut slots[..keys.len()];
+    slots.iter_mut().zip(keys.clone()).for_each(|(s, key)| *s = key);
+    // SAFETY: the pieces follow each other within the scratch buffer; everything else is `backward`'s promise.
+    unsafe {
+        pack_transposed::<V>(&b.k, slots, kv_head, p.dim, kt);
+        pack_transposed::<V>(&b.v, slots, kv_head, p.v_dim, vt);
+        pack_rows::<V>(&b.k, slots, kv_head, p.dim, k);
+        std::slice::from_raw_parts_mut(dk, keys.len() * dim).fill(0.0);
+        std::slice::from_raw_parts_mut(dv, keys.len() * v_dim).fill(0.0);
+        let all = rows.len() * group;
+        for part in (0..all).step_by(PART) {
+            let n = (all - part).min(PART);
+            let place = |m: usize| (rows.start + (part + m) / group, kv_head * group + (part + m) % group);
+            let mut stats = [(0.0f32, 0.0f32); PART]; // log-sum-exp in base 2, rowsum(dout * out)
+            for m in 0..n {
+                let (i, h) = place(m);
+                let to_q = std::slice::from_raw_parts_mut(q.add(m * dim), dim);
+                let to_dout = std::slice::from_raw_parts_mut(dout.add(m * v_dim), v_dim);
+                to_q.fill(0.0);
+                to_dout.fill(0.0);
+                // What padding holds must not reach any gradient, were it NaN.
+                if p.visible[i].is_empty() {
+                    continue;
+                }
+                b.q.read(i, h, &mut to_q[..p.dim]);
+                to_q.iter_mut().for_each(|x| *x *= factor);
+                b.dout.read(i, h, &mut to_dout[..p.v_dim]);
+                let mut lse = [0.0];
+                b.lse.read(i, h, &mut lse);
+                let (out, mut delta) = (b.out.at(i, h).cast::<f32>(), V::splat(0.0));
+                for d in (0..p.v_dim).step_by(V::LANES) {
+                    let o = load::<V>(sparsam_dtype::DType::F32, out.cast(), d, (p.v_dim - d).min(V::LANES));
+                    delta = o.fma(V::load(to_dout.as_ptr().add(d)), delta);
+                }
+                stats[m] = (lse[0] * std::f32::consts::LOG2_E, delta.sum());
+            }
+            let rows_of = |m: Range<usize>| place(m.start).0..place(m.end - 1).0 + 1;
+            let total = union(rows_of(0..n));
+            if total.is_empty() {
+                continue;
+            }
+            let (low, high) = (total.start / PANEL * PANEL, total.end.next_multiple_of(UNIT));
+            let mut unions = [const { 0..0 }; PART / BLOCK];
+            for m in (0..n).step_by(BLOCK) {
+                let r = (n - m).min(BLOCK);
+                let cols = union(rows_of(m..m + r));
+                unions[m / BLOCK] = cols.clone();
+                let (first, last) = (cols.start / PANEL * PANEL, cols.end.next_multiple_of(UNIT));
+                let (w, g) = (weights.add(m * STRIDE), grads.add(m * STRIDE));
+                if cols.is_empty() {
+                    for i in 0..r {
+                        std::slice::from_raw_parts_mut(w.add(i * STRIDE + low), high - low).fill(0.0);
+                        std::slice::from_raw_parts_mut(g.add(i * STRIDE + low), high - low).fill(0.0);
+                    }
+                    continue;
+                }
+                for panel in (first..last).step_by(PANEL) {
+                    let units = (last - panel).min(PANEL) / UNIT;
+                    product::<V, Single>(
+                        r,
+                        p.dim,
+                        units,
+                        Left { at: q.add(m * dim), row: dim, step: 1 },
+                        Right { at: kt.add(panel * p.dim), row: PANEL },
+                        Target { at: w.add(panel), row: STRIDE, add: false },
+                    );
+                    product::<V, Single>(
+                        r,
+                        p.v_dim,
+                        units,
+                        Left { at: dout.add(m * v_dim), row: v_dim, step: 1 },
+                        Right { at: vt.add(panel * p.v_dim), row: PANEL },
+                        Target { at: g.add(panel), row: STRIDE, add: false },
+                    );
+                }
+                for i in 0..r {
+                    let (w, g) = (w.add(i * STRIDE), g.add(i * STRIDE));
+                    differentiate::<V>(w, g, first..last, stats[m + i], p.scores.softcap);
+                    let seen = seen(place(m + i).0);
+                    for x in [w, g] {
+                        let x = std::slice::from_raw_parts_mut(x, high);
+                        x[low..seen.start.max(low)].fill(0.0);
+                        x[seen.end.max(low)..].fill(0.0);
+                    }
+                }
+                product::<V, Single>(
+                    r,
+                    cols.len(),
+                    dim / UNIT,
+                    Left { at: g.add(cols.start), row: STRIDE, step: 1 },
+                    Right { at: k.add(cols.start * dim), row: dim },
+                    Target { at: dq.add(m * dim), row: dim, add: false },
+                );
+                for i in m..m + r {
+                    let (row, h) = place(i);
+                    add_to::<V>(b.dq.at(row, h).cast(), dq.add(i * dim), p.dim, p.scores.scale);
+                }
+            }
+            for key in (total.start..total.end).step_by(BLOCK) {
+                let r = (total.end - key).min(BLOCK);
+                // Blocks of rows that see any of these keys.
+                let sees = |c: &Range<usize>| c.start < key + r && key < c.end;
+                let blocks = &unions[..n.div_ceil(BLOCK)];
+                let (Some(first), Some(last)) = (blocks.iter().position(sees), blocks.iter().rposition(sees))
+                else {
+                    continue;
+                };
+                let (first, last) = (first * BLOCK, n.min((last + 1) * BLOCK));
+                for (from, with, width, to) in [(weights, dout, v_dim, dv), (grads, q, dim, dk)] {
+                    product::<V, Single>(
+                        r,
+                        last - first,
+                        width / UNIT,
+                        Left { at: from.add(first * STRIDE + key), row: 1, step: STRIDE },
+                        Right { at: with.add(first * width), row: width },
+                        Target { at: to.add(key * width), row: width, add: true },
+                    );
+                }
+            }
+        }
+        for (c, key) in keys.enumerate() {
+            add_to::<V>(b.dk.at(key, kv_head).cast(), dk.add(c * dim), p.dim, dk_factor);
+            add_to::<V>(b.dv.at(key, kv_head).cast(), dv.add(c * v_dim), p.v_dim, 1.0);
+        }
+    }
+}
+
+/// From scores `w` and `g = dout . v`: weights into `w`, gradients of the (unscaled, uncapped) scores into `g`.
+#[inline(always)]
+unsafe fn differentiate<V: Vector>(
+    w: *mut f32,
+    g: *mut f32,
+    cols: Range<usize>,
+    (lse, delta): (f32, f32),
+    softcap: Option<f32>,
+) {
+    // SAFETY: `cols` are whole units within both rows, and the caller has V's instructions.
+    unsafe {
+        let (lse, delta) = (V::splat(lse), V::splat(delta));
+        for j in cols.step_by(V::LANES) {
+            let mut s = V::load(w.add(j));
+            let mut gradient = V::load(g.add(j)).sub(delta);
+            if let Some(cap) = softcap {
+                let t = math::tanh(s);
+                s = t.mul(V::splat(cap * std::f32::consts::LOG2_E));
+                gradient = gradient.mul(t.fnma(t, V::splat(1.0)));
+            }
+            let weight = exp2(s.sub(lse));
+            weight.store(w.add(j));
+            gradient.mul(weight).store(g.add(j));
+        }
+    }
+}
+
+/// `to += factor * from` for `n` elements; `from` is readable to whole units.
+#[inline(always)]
+unsafe fn add_to<V: Vector>(to: *mut f32, from: *const f32, n: usize, factor: f32) {
+    for d in (0..n).step_by(V::LANES) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let factor = V::splat(factor);
+            let more = V::load(from.add(d));
+            if n - d >= V::LANES {
+                more.fma(factor, V::load(to.add(d))).store(to.add(d));
+            } else {
+                let sum = more.fma(factor, V::load_first(to.add(d), n - d));
+                sum.store_first(to.add(d), n - d);
+            }
+        }
+    }
+}
