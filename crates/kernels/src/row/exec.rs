@@ -77,152 +77,120 @@ unsafe fn number<V: Vector, const VECTOR: bool>(p: *const f32) -> V {
     unsafe { V::splat(if VECTOR { 0.0 } else { *p }) }
 }
 
-/// `dst = f(a)`.
-#[inline(always)]
-unsafe fn map1<V: Vector>(g: Grid, d: Slot, a: Slot, f: impl Fn(V) -> V) {
-    for o in 0..g.no {
-        for i in 0..g.ni {
-            let (pd, pa) = (d.row(o, i), a.row(o, i));
-            let mut c = 0;
-            // SAFETY: `c` stays within the row; see `run`.
-            unsafe {
-                while c + V::LANES <= g.w {
-                    f(V::load(pa.add(c))).store(pd.add(c));
-                    c += V::LANES;
+// The loops are macros and not functions of closures: a closure is compiled without the target's instructions, and one
+// that holds an `exp` is too large to be taken into the loop afterwards (measured: 50 times slower).
+
+/// `dst = body(x)`.
+macro_rules! map1 {
+    ($V:ident, $g:ident, $d:expr, $a:expr, |$x:ident| $body:expr) => {{
+        let (d, a): (Slot, Slot) = ($d, $a);
+        for o in 0..$g.no {
+            for i in 0..$g.ni {
+                let (pd, pa) = (d.row(o, i), a.row(o, i));
+                let mut c = 0;
+                while c + $V::LANES <= $g.w {
+                    let $x = $V::load(pa.add(c));
+                    $body.store(pd.add(c));
+                    c += $V::LANES;
                 }
-                if c < g.w {
-                    f(V::load_first(pa.add(c), g.w - c)).store_first(pd.add(c), g.w - c);
+                if c < $g.w {
+                    let $x = $V::load_first(pa.add(c), $g.w - c);
+                    $body.store_first(pd.add(c), $g.w - c);
                 }
             }
         }
-    }
+    }};
 }
 
-/// `dst = f(a, b)`.
-#[inline(always)]
-unsafe fn map2<V: Vector, const A: bool, const B: bool>(
-    g: Grid,
-    d: Slot,
-    a: Slot,
-    b: Slot,
-    f: impl Fn(V, V) -> V,
-) {
-    for o in 0..g.no {
-        for i in 0..g.ni {
-            let (pd, pa, pb) = (d.row(o, i), a.row(o, i), b.row(o, i));
-            let mut c = 0;
-            // SAFETY: `c` stays within the row; see `run`.
-            unsafe {
-                let (na, nb) = (number::<V, A>(pa), number::<V, B>(pb));
-                while c + V::LANES <= g.w {
-                    f(fetch::<V, A>(pa, na, c), fetch::<V, B>(pb, nb, c)).store(pd.add(c));
-                    c += V::LANES;
+/// `dst = body(x, y, z)`, each a vector or a number as the constants say.
+macro_rules! map3 {
+    ($V:ident, $g:ident, $d:expr, $s:expr, $A:literal $B:literal $C:literal,
+     |$x:ident, $y:ident, $z:ident| $body:expr) => {{
+        let (d, [a, b, c]): (Slot, [Slot; 3]) = ($d, $s);
+        for o in 0..$g.no {
+            for i in 0..$g.ni {
+                let (pd, pa, pb, pc) = (d.row(o, i), a.row(o, i), b.row(o, i), c.row(o, i));
+                let (na, nb, nc) = (number::<$V, $A>(pa), number::<$V, $B>(pb), number::<$V, $C>(pc));
+                let mut k = 0;
+                while k + $V::LANES <= $g.w {
+                    let $x = fetch::<$V, $A>(pa, na, k);
+                    let $y = fetch::<$V, $B>(pb, nb, k);
+                    let $z = fetch::<$V, $C>(pc, nc, k);
+                    $body.store(pd.add(k));
+                    k += $V::LANES;
                 }
-                if c < g.w {
-                    let n = g.w - c;
-                    let y = f(fetch_first::<V, A>(pa, na, c, n), fetch_first::<V, B>(pb, nb, c, n));
-                    y.store_first(pd.add(c), n);
-                }
-            }
-        }
-    }
-}
-
-/// `dst = f(a, b, c)`.
-#[inline(always)]
-unsafe fn map3<V: Vector, const A: bool, const B: bool, const C: bool>(
-    g: Grid,
-    d: Slot,
-    [a, b, c]: [Slot; 3],
-    f: impl Fn(V, V, V) -> V,
-) {
-    for o in 0..g.no {
-        for i in 0..g.ni {
-            let (pd, pa, pb, pc) = (d.row(o, i), a.row(o, i), b.row(o, i), c.row(o, i));
-            let mut k = 0;
-            // SAFETY: `k` stays within the row; see `run`.
-            unsafe {
-                let (na, nb, nc) = (number::<V, A>(pa), number::<V, B>(pb), number::<V, C>(pc));
-                while k + V::LANES <= g.w {
-                    let y = f(fetch::<V, A>(pa, na, k), fetch::<V, B>(pb, nb, k), fetch::<V, C>(pc, nc, k));
-                    y.store(pd.add(k));
-                    k += V::LANES;
-                }
-                if k < g.w {
-                    let n = g.w - k;
-                    let y = f(
-                        fetch_first::<V, A>(pa, na, k, n),
-                        fetch_first::<V, B>(pb, nb, k, n),
-                        fetch_first::<V, C>(pc, nc, k, n),
-                    );
-                    y.store_first(pd.add(k), n);
+                if k < $g.w {
+                    let n = $g.w - k;
+                    let $x = fetch_first::<$V, $A>(pa, na, k, n);
+                    let $y = fetch_first::<$V, $B>(pb, nb, k, n);
+                    let $z = fetch_first::<$V, $C>(pc, nc, k, n);
+                    $body.store_first(pd.add(k), n);
                 }
             }
         }
-    }
+    }};
 }
 
-/// The kind of each argument becomes a constant of the loop.
-#[inline(always)]
-unsafe fn any2<V: Vector>(g: Grid, d: Slot, s: [Slot; 3], vector: [bool; 3], f: impl Fn(V, V) -> V) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        match (vector[0], vector[1]) {
-            (true, true) => map2::<V, true, true>(g, d, s[0], s[1], f),
-            (true, false) => map2::<V, true, false>(g, d, s[0], s[1], f),
-            (false, _) => map2::<V, false, true>(g, d, s[0], s[1], f),
+/// `dst = body(x, y)`: the kind of each argument becomes a constant of the loop.
+macro_rules! map2 {
+    ($V:ident, $g:ident, $d:expr, $s:expr, $vector:expr, |$x:ident, $y:ident| $body:expr) => {{
+        let s: [Slot; 3] = [$s[0], $s[1], $s[1]];
+        match ($vector[0], $vector[1]) {
+            (true, true) => map3!($V, $g, $d, s, true true true, |$x, $y, _z| $body),
+            (true, false) => map3!($V, $g, $d, s, true false false, |$x, $y, _z| $body),
+            (false, _) => map3!($V, $g, $d, s, false true true, |$x, $y, _z| $body),
         }
-    }
+    }};
 }
 
-/// For products, whose first factor is a vector.
-#[inline(always)]
-unsafe fn product3<V: Vector>(g: Grid, d: Slot, s: [Slot; 3], vector: [bool; 3], f: impl Fn(V, V, V) -> V) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        match (vector[1], vector[2]) {
-            (true, true) => map3::<V, true, true, true>(g, d, s, f),
-            (true, false) => map3::<V, true, true, false>(g, d, s, f),
-            (false, true) => map3::<V, true, false, true>(g, d, s, f),
-            (false, false) => map3::<V, true, false, false>(g, d, s, f),
+/// As `map2`, for products, whose first factor is a vector.
+macro_rules! product3 {
+    ($V:ident, $g:ident, $d:expr, $s:expr, $vector:expr, |$x:ident, $y:ident, $z:ident| $body:expr) => {
+        match ($vector[1], $vector[2]) {
+            (true, true) => map3!($V, $g, $d, $s, true true true, |$x, $y, $z| $body),
+            (true, false) => map3!($V, $g, $d, $s, true true false, |$x, $y, $z| $body),
+            (false, true) => map3!($V, $g, $d, $s, true false true, |$x, $y, $z| $body),
+            (false, false) => map3!($V, $g, $d, $s, true false false, |$x, $y, $z| $body),
         }
-    }
+    };
 }
 
-/// Sum of `f(a, b)` over each row, in one order for each width: four vectors in turn, then these folded.
-#[inline(always)]
-unsafe fn sum2<V: Vector, const B: bool>(g: Grid, d: Slot, a: Slot, b: Slot, f: impl Fn(V, V, V) -> V) {
-    for o in 0..g.no {
-        for i in 0..g.ni {
-            let (pd, pa, pb) = (d.row(o, i), a.row(o, i), b.row(o, i));
-            let mut c = 0;
-            // SAFETY: `c` stays within the row; see `run`.
-            unsafe {
-                let nb = number::<V, B>(pb);
-                let mut sums = [V::splat(0.0); 4];
-                while c + 4 * V::LANES <= g.w {
-                    for sum in &mut sums {
-                        *sum = f(V::load(pa.add(c)), fetch::<V, B>(pb, nb, c), *sum);
-                        c += V::LANES;
+/// `sum = body(x, y, sum)` over each row, in one order for each width: four vectors in turn, then these folded.
+macro_rules! sum2 {
+    ($V:ident, $g:ident, $d:expr, $s:expr, $B:literal, |$x:ident, $y:ident, $sum:ident| $body:expr) => {{
+        let (d, [a, b, _]): (Slot, [Slot; 3]) = ($d, $s);
+        for o in 0..$g.no {
+            for i in 0..$g.ni {
+                let (pd, pa, pb) = (d.row(o, i), a.row(o, i), b.row(o, i));
+                let nb = number::<$V, $B>(pb);
+                let mut sums = [$V::splat(0.0); 4];
+                let mut c = 0;
+                while c + 4 * $V::LANES <= $g.w {
+                    for each in &mut sums {
+                        let ($x, $y, $sum) = ($V::load(pa.add(c)), fetch::<$V, $B>(pb, nb, c), *each);
+                        *each = $body;
+                        c += $V::LANES;
                     }
                 }
-                for sum in &mut sums[..3] {
-                    if c + V::LANES <= g.w {
-                        *sum = f(V::load(pa.add(c)), fetch::<V, B>(pb, nb, c), *sum);
-                        c += V::LANES;
+                for each in &mut sums[..3] {
+                    if c + $V::LANES <= $g.w {
+                        let ($x, $y, $sum) = ($V::load(pa.add(c)), fetch::<$V, $B>(pb, nb, c), *each);
+                        *each = $body;
+                        c += $V::LANES;
                     }
                 }
-                if c < g.w {
+                if c < $g.w {
                     // Lanes past the end are 0 in `a`, but `b` may be an infinite number: they are left out.
-                    let n = g.w - c;
-                    let y = f(V::load_first(pa.add(c), n), fetch_first::<V, B>(pb, nb, c, n), sums[3]);
-                    let inside = V::from_int(V::int_iota()).lt(V::splat(n as f32));
-                    sums[3] = V::select(inside, y, sums[3]);
+                    let n = $g.w - c;
+                    let ($x, $sum) = ($V::load_first(pa.add(c), n), sums[3]);
+                    let $y = fetch_first::<$V, $B>(pb, nb, c, n);
+                    let inside = $V::from_int($V::int_iota()).lt($V::splat(n as f32));
+                    sums[3] = $V::select(inside, $body, sums[3]);
                 }
                 *pd = sums[0].add(sums[2]).add(sums[1].add(sums[3])).sum();
             }
         }
-    }
+    }};
 }
 
 /// The largest element of each row; NaN if one is.
@@ -303,14 +271,20 @@ unsafe fn run_list<V: Vector>(list: *const Ins, n: usize, slots: *const Slot, ti
             } else {
                 Grid { no: tile.no, ni: tile.ni, w: tile.w }
             };
+            let v = ins.vector;
             macro_rules! unary {
-                ($f:expr) => {
-                    map1::<V>(g, d, s[0], |x| $f(x))
+                (|$x:ident| $body:expr) => {
+                    map1!(V, g, d, s[0], |$x| $body)
                 };
             }
             macro_rules! binary {
-                ($f:expr) => {
-                    any2::<V>(g, d, s, ins.vector, |a, b| $f(a, b))
+                (|$x:ident, $y:ident| $body:expr) => {
+                    map2!(V, g, d, s, v, |$x, $y| $body)
+                };
+            }
+            macro_rules! product {
+                (|$x:ident, $y:ident, $z:ident| $body:expr) => {
+                    product3!(V, g, d, s, v, |$x, $y, $z| $body)
                 };
             }
             match ins.op {
@@ -338,62 +312,65 @@ unsafe fn run_list<V: Vector>(list: *const Ins, n: usize, slots: *const Slot, ti
                 }
                 Op::Random { stream, step, .. } => random::<V>(tile, d, s[0], stream, step),
                 Op::Round(dtype) => round::<V>(g, d, s[0], dtype),
-                Op::Neg => unary!(V::neg),
-                Op::Abs => unary!(V::abs),
-                Op::Recip => unary!(|x: V| V::splat(1.0).div(x)),
-                Op::Sqrt => unary!(V::sqrt),
-                Op::Exp => unary!(math::exp),
-                Op::Log => unary!(math::log),
-                Op::Sin => unary!(math::sin),
-                Op::Cos => unary!(math::cos),
-                Op::Tanh => unary!(math::tanh),
-                Op::Erf => unary!(math::erf),
-                Op::Floor => unary!(V::floor),
-                Op::Sigmoid => unary!(math::sigmoid),
-                Op::Silu => unary!(|x: V| x.mul(math::sigmoid(x))),
-                Op::Add => binary!(V::add),
-                Op::Sub => binary!(V::sub),
-                Op::Mul => binary!(V::mul),
-                Op::Div => binary!(V::div),
-                Op::Max => binary!(max),
-                Op::Min => binary!(min),
-                Op::Less => binary!(|a: V, b: V| truth::<V>(a.lt(b))),
-                Op::Equal => binary!(|a: V, b: V| truth::<V>(a.eq(b))),
-                Op::ExpSub => binary!(|a: V, b: V| math::exp(a.sub(b))),
-                Op::SiluMul => binary!(|a: V, b: V| a.mul(math::sigmoid(a)).mul(b)),
-                Op::Fma => product3::<V>(g, d, s, ins.vector, |a, b, c| a.fma(b, c)),
-                Op::Fms => product3::<V>(g, d, s, ins.vector, |a, b, c| a.fma(b, c.neg())),
-                Op::Fnma => product3::<V>(g, d, s, ins.vector, |a, b, c| a.fnma(b, c)),
-                Op::Mul3 => product3::<V>(g, d, s, ins.vector, |a, b, c| a.mul(b).mul(c)),
-                Op::Select => select::<V>(g, d, s, ins.vector),
-                Op::RowSum => sum2::<V, false>(g, d, s[0], s[0], |a, _, sum| sum.add(a)),
+                Op::Neg => unary!(|x| x.neg()),
+                Op::Abs => unary!(|x| x.abs()),
+                Op::Recip => unary!(|x| V::splat(1.0).div(x)),
+                Op::Sqrt => unary!(|x| x.sqrt()),
+                Op::Exp => unary!(|x| math::exp(x)),
+                Op::Log => unary!(|x| math::log(x)),
+                Op::Sin => unary!(|x| math::sin(x)),
+                Op::Cos => unary!(|x| math::cos(x)),
+                Op::Tanh => unary!(|x| math::tanh(x)),
+                Op::Erf => unary!(|x| math::erf(x)),
+                Op::Floor => unary!(|x| x.floor()),
+                Op::Sigmoid => unary!(|x| math::sigmoid(x)),
+                Op::Silu => unary!(|x| x.mul(math::sigmoid(x))),
+                Op::Add => binary!(|a, b| a.add(b)),
+                Op::Sub => binary!(|a, b| a.sub(b)),
+                Op::Mul => binary!(|a, b| a.mul(b)),
+                Op::Div => binary!(|a, b| a.div(b)),
+                Op::Max => binary!(|a, b| max(a, b)),
+                Op::Min => binary!(|a, b| min(a, b)),
+                Op::Less => binary!(|a, b| truth::<V>(a.lt(b))),
+                Op::Equal => binary!(|a, b| truth::<V>(a.eq(b))),
+                Op::ExpSub => binary!(|a, b| math::exp(a.sub(b))),
+                Op::SiluMul => binary!(|a, b| a.mul(math::sigmoid(a)).mul(b)),
+                Op::Fma => product!(|a, b, c| a.fma(b, c)),
+                Op::Fms => product!(|a, b, c| a.fma(b, c.neg())),
+                Op::Fnma => product!(|a, b, c| a.fnma(b, c)),
+                Op::Mul3 => product!(|a, b, c| a.mul(b).mul(c)),
+                Op::Select => select::<V>(g, d, s, v),
+                Op::RowSum => sum2!(V, g, d, [s[0]; 3], true, |x, _y, sum| sum.add(x)),
                 Op::RowMax => max1::<V>(g, d, s[0]),
-                Op::RowDot if ins.vector[1] => sum2::<V, true>(g, d, s[0], s[1], |a, b, sum| a.fma(b, sum)),
-                Op::RowDot => sum2::<V, false>(g, d, s[0], s[1], |a, b, sum| a.fma(b, sum)),
+                Op::RowDot if v[1] => sum2!(V, g, d, s, true, |x, y, sum| x.fma(y, sum)),
+                Op::RowDot => sum2!(V, g, d, s, false, |x, y, sum| x.fma(y, sum)),
                 Op::ColumnSum => column_sum::<V>(g, d, s[0], ins.vector[0]),
             }
         }
     }
 }
 
-/// `dst = c != 0 ? a : b`; NaN counts as not 0.
+/// `c != 0 ? a : b`; NaN counts as not 0.
+#[inline(always)]
+unsafe fn choose<V: Vector>(c: V, a: V, b: V) -> V {
+    // SAFETY: the caller has V's instructions.
+    unsafe { V::select(c.eq(V::splat(0.0)), b, a) }
+}
+
+/// `dst = c != 0 ? a : b`.
 #[inline(always)]
 unsafe fn select<V: Vector>(g: Grid, d: Slot, s: [Slot; 3], vector: [bool; 3]) {
-    let f = |c: V, a: V, b: V| {
-        // SAFETY: the caller has V's instructions.
-        unsafe { V::select(c.eq(V::splat(0.0)), b, a) }
-    };
     // SAFETY: the caller's contract.
     unsafe {
         match vector {
-            [true, true, true] => map3::<V, true, true, true>(g, d, s, f),
-            [true, true, false] => map3::<V, true, true, false>(g, d, s, f),
-            [true, false, true] => map3::<V, true, false, true>(g, d, s, f),
-            [true, false, false] => map3::<V, true, false, false>(g, d, s, f),
-            [false, true, true] => map3::<V, false, true, true>(g, d, s, f),
-            [false, true, false] => map3::<V, false, true, false>(g, d, s, f),
-            [false, false, true] => map3::<V, false, false, true>(g, d, s, f),
-            [false, false, false] => map3::<V, false, false, false>(g, d, s, f),
+            [true, true, true] => map3!(V, g, d, s, true true true, |c, a, b| choose(c, a, b)),
+            [true, true, false] => map3!(V, g, d, s, true true false, |c, a, b| choose(c, a, b)),
+            [true, false, true] => map3!(V, g, d, s, true false true, |c, a, b| choose(c, a, b)),
+            [true, false, false] => map3!(V, g, d, s, true false false, |c, a, b| choose(c, a, b)),
+            [false, true, true] => map3!(V, g, d, s, false true true, |c, a, b| choose(c, a, b)),
+            [false, true, false] => map3!(V, g, d, s, false true false, |c, a, b| choose(c, a, b)),
+            [false, false, true] => map3!(V, g, d, s, false false true, |c, a, b| choose(c, a, b)),
+            [false, false, false] => map3!(V, g, d, s, false false false, |c, a, b| choose(c, a, b)),
         }
     }
 }
