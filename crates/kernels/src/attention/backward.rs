@@ -8,10 +8,11 @@
 
 use super::Backward;
 use super::block::*;
-use super::problem::Problem;
+use super::problem::{Problem, Tensor};
 use crate::Context;
-use crate::matmul::scratch::Scratch;
+use crate::matmul::scratch::{Scratch, Shared};
 use crate::simd::{Vector, dispatch, math};
+use sparsam_dtype::DType;
 use std::ops::Range;
 
 /// Rows and keys of a block. For heads of 64 a task holds K twice and V once (3 x 64 KiB), dk and dv (128 KiB), and for
@@ -26,6 +27,10 @@ const PART: usize = 96;
 /// of the first-level cache.
 const STRIDE: usize = EDGE + UNIT;
 
+/// Blocks along the side of a square that one task goes through: its 1024 rows and keys take 7 x 256 KiB for heads of
+/// 64, which the last-level cache keeps while they meet.
+const SIDE: usize = 4;
+
 /// Rows that see no row before the first.
 struct Span {
     rows: Range<usize>,
@@ -34,17 +39,23 @@ struct Span {
 impl Span {
     fn block(&self, b: usize) -> Range<usize> {
         let start = self.rows.start + b * EDGE;
-        start..self.rows.end.min(start + EDGE)
+        start.min(self.rows.end)..self.rows.end.min(start + EDGE)
     }
 }
 
 pub(super) fn backward(ctx: &Context, b: &Backward, p: &Problem) {
+    let mut deltas = Scratch::of::<f32>(p.n * p.heads);
+    let deltas = deltas.shared::<f32>();
     ctx.pool().run(p.n.div_ceil(EDGE), |t| {
         let zeros = vec![0.0; p.dim.max(p.v_dim)];
         for i in t * EDGE..p.n.min((t + 1) * EDGE) {
             // SAFETY: `packed_backward` checked the shapes, and row i belongs to one task.
             unsafe {
-                (0..p.heads).for_each(|h| b.dq.write(i, h, &zeros[..p.dim]));
+                for h in 0..p.heads {
+                    b.dq.write(i, h, &zeros[..p.dim]);
+                    let row = |t: &Tensor| t.at(i, h).cast::<f32>().cast_const();
+                    *deltas.at(i * p.heads + h) = dot(ctx.cpu().simd, row(&b.dout), row(&b.out), p.v_dim);
+                }
                 (0..p.kv_heads).for_each(|g| b.dk.write(i, g, &zeros[..p.dim]));
                 (0..p.kv_heads).for_each(|g| b.dv.write(i, g, &zeros[..p.v_dim]));
             }
@@ -59,10 +70,14 @@ pub(super) fn backward(ctx: &Context, b: &Backward, p: &Problem) {
         }
         spans.push(Span { rows: start..end });
     }
-    // A row sees at most this many blocks back.
-    let reach = p.scores.window.map_or(usize::MAX, |w| w.div_ceil(EDGE));
+    // Squares of blocks where there are tasks enough: their rows and keys then come from the last-level cache. The
+    // order in which a place is added to is the same: for rows keys from the last to the first, for keys rows from
+    // the first to the last.
+    let side = if p.kv_heads >= 2 * ctx.pool().threads() { SIDE } else { 1 };
+    // A row sees at most this many squares back.
+    let reach = p.scores.window.map_or(usize::MAX, |w| w.div_ceil(EDGE * side));
     for wave in 0.. {
-        let meet = |s: &Span| s.rows.len().div_ceil(EDGE).saturating_sub(wave);
+        let meet = |s: &Span| s.rows.len().div_ceil(EDGE * side).saturating_sub(wave);
         let tasks: Vec<(&Span, usize)> =
             spans.iter().flat_map(|s| (0..meet(s)).map(move |j| (s, j))).collect();
         if tasks.is_empty() || wave > reach {
@@ -70,23 +85,48 @@ pub(super) fn backward(ctx: &Context, b: &Backward, p: &Problem) {
         }
         ctx.pool().run(tasks.len() * p.kv_heads, |t| {
             let (span, j) = tasks[t % tasks.len()];
-            // SAFETY: `packed_backward` checked the shapes that bound rows and heads; within a wave each block of rows
-            // and each block of keys belongs to one task; the context's machine has its instructions.
-            unsafe {
-                run_task(ctx.cpu().simd, b, p, span.block(j + wave), span.block(j), t / tasks.len());
+            let blocks = |square: usize| square * side..(square + 1) * side;
+            for key in blocks(j).rev() {
+                for row in blocks(j + wave) {
+                    let (rows, keys) = (span.block(row), span.block(key));
+                    if row >= key && !rows.is_empty() {
+                        // SAFETY: `packed_backward` checked the shapes that bound rows and heads; within a wave each
+                        // block of rows and each block of keys belongs to one task; the machine has the instructions.
+                        unsafe { run_task(ctx.cpu().simd, b, p, deltas, rows, keys, t / tasks.len()) };
+                    }
+                }
             }
         });
     }
 }
 
 dispatch! {
-    unsafe fn run_task(b: &Backward, p: &Problem, rows: Range<usize>, keys: Range<usize>, kv_head: usize) = task
+    unsafe fn dot(a: *const f32, b: *const f32, n: usize) -> f32 = dot_of
+}
+
+/// The sum of `n` products.
+#[inline(always)]
+unsafe fn dot_of<V: Vector>(a: *const f32, b: *const f32, n: usize) -> f32 {
+    // SAFETY: the caller's contract: `n` elements at both.
+    unsafe {
+        let mut sum = V::splat(0.0);
+        for d in (0..n).step_by(V::LANES) {
+            let at = |p: *const f32| load::<V>(DType::F32, p.cast(), d, (n - d).min(V::LANES));
+            sum = at(a).fma(at(b), sum);
+        }
+        sum.sum()
+    }
+}
+
+dispatch! {
+    unsafe fn run_task(b: &Backward, p: &Problem, deltas: Shared<f32>, rows: Range<usize>, keys: Range<usize>, kv_head: usize) = task
 }
 
 #[inline(always)]
 unsafe fn task<V: Transpose>(
     b: &Backward,
     p: &Problem,
+    deltas: Shared<f32>,
     rows: Range<usize>,
     keys: Range<usize>,
     kv_head: usize,
@@ -163,12 +203,7 @@ unsafe fn task<V: Transpose>(
                 b.dout.read(i, h, &mut to_dout[..p.v_dim]);
                 let mut lse = [0.0];
                 b.lse.read(i, h, &mut lse);
-                let (out, mut delta) = (b.out.at(i, h).cast::<f32>(), V::splat(0.0));
-                for d in (0..p.v_dim).step_by(V::LANES) {
-                    let o = load::<V>(sparsam_dtype::DType::F32, out.cast(), d, (p.v_dim - d).min(V::LANES));
-                    delta = o.fma(V::load(to_dout.as_ptr().add(d)), delta);
-                }
-                stats[m] = (lse[0] * std::f32::consts::LOG2_E, delta.sum());
+                stats[m] = (lse[0] * std::f32::consts::LOG2_E, *deltas.at(i * p.heads + h));
             }
             let rows_of = |m: Range<usize>| place(m.start).0..place(m.end - 1).0 + 1;
             let total = union(rows_of(0..n));

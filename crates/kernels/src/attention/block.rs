@@ -5,8 +5,8 @@ use crate::simd::Vector;
 use sparsam_dtype::DType;
 
 /// Keys that are treated together. A task holds their transposed K and their V in f32: 256 x (64 + 64) x 4 bytes =
-/// 128 KiB for heads of 64, and 256 KiB for heads of 128, which with queries and results of [`ROWS`] rows (2 x 48 or
-/// 2 x 96 KiB) stay below half of a 512 KiB to 1 MiB second-level cache. The scores of one register block of rows,
+/// 128 KiB for heads of 64, which with queries and results of [`ROWS`] rows (2 x 96 KiB) stay within a second-level cache
+/// of 512 KiB; twice that for heads of 128 within one of 1 MiB. The scores of one register block of rows,
 /// 6 x 256 x 4 = 6 KiB, stay in the first level together with the panel of K or V that is being read.
 ///
 /// Chunks begin at multiples of this in a sequence's own positions, and a chunk's maximum, sum and weighted values
@@ -14,9 +14,9 @@ use sparsam_dtype::DType;
 /// rows share its block, and not on whether one task goes through all chunks or each has its own.
 pub(super) const CHUNK: usize = 256;
 
-/// Rows times heads of a task: packing a chunk costs about as much as 3 rows' work on it, so 192 rows keep packing
-/// below 2%.
-pub(super) const ROWS: usize = 192;
+/// Rows times heads of a task. A chunk of keys comes from the last-level cache or from memory and is packed once for
+/// these rows: at 192 rows that took 12% of the time (measured), at 384 half of it, and more gained nothing.
+pub(super) const ROWS: usize = 384;
 
 /// Rows of a register block: 6 x 4 registers of 16 are 24 accumulators, with 4 of B and 1 of A 29 of AVX-512's 32;
 /// AVX2 takes 6 x 2 registers of 8, 12 + 2 + 1 of its 16. Either hides the latency of a fused multiply-add.
@@ -336,12 +336,16 @@ pub(super) unsafe fn pack_transposed<V: Transpose>(
             for d in (0..dim).step_by(V::LANES) {
                 let n = (dim - d).min(V::LANES);
                 let mut rows = [V::splat(0.0); 16];
-                for i in 0..V::LANES {
-                    rows[i] = load(t.dtype, from[i], d, n);
+                if n == V::LANES && t.dtype == DType::F32 {
+                    (0..V::LANES).for_each(|i| rows[i] = V::load(from[i].cast::<f32>().add(d)));
+                } else {
+                    (0..V::LANES).for_each(|i| rows[i] = load(t.dtype, from[i], d, n));
                 }
                 V::transpose(&mut rows);
-                for (i, row) in rows[..n].iter().enumerate() {
-                    row.store(to.add((d + i) * PANEL));
+                if n == V::LANES {
+                    (0..V::LANES).for_each(|i| rows[i].store(to.add((d + i) * PANEL)));
+                } else {
+                    (0..n).for_each(|i| rows[i].store(to.add((d + i) * PANEL)));
                 }
             }
         }

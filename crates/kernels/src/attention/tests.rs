@@ -543,3 +543,21 @@ fn gradients_equal_the_reference() {
         }
     }
 }
+
+#[test]
+fn squares_of_blocks_add_in_the_same_order_as_single_ones() {
+    // 5 blocks of rows with 2 key heads: with one thread a task takes squares of blocks, with two it does not.
+    let shape = [2, 2, 16, 16];
+    check_backward(&Case::random(3, shape, DType::F32, packed_index(&[1100], 0), PLAIN));
+    let windowed = Scores { window: Some(300), ..PLAIN };
+    check_backward(&Case::random(3, shape, DType::F32, packed_index(&[700], 0), windowed));
+}
+
+#[test]
+fn rows_that_reach_into_an_earlier_run_share_its_gradients() {
+    // Rows 4 and 5 see what the runs before them see, with padding between; row 6 starts anew, row 7 reaches back.
+    let index = Index::Packed { row_start: vec![0, 0, 2, 9, 0, 1, 6, 5] };
+    let case = Case::random(5, [2, 1, 4, 4], DType::F32, index, PLAIN);
+    check(&case);
+    check_backward(&case);
+}
