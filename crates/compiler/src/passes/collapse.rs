@@ -12,10 +12,10 @@
 //! and after:
 //!
 //! ```text
-//! row [1, 48] {
-//!   %0 = load p0[1, 48]
+//! row [48] {
+//!   %0 = load p0[48]
 //!   %1 = exp %0
-//!   store p1[1, 48] %1
+//!   store p1[48] %1
 //! }
 //! ```
 
@@ -58,8 +58,7 @@ fn rows(step: &mut Step) {
         let p = step.row().expect("still a row program");
         let row = axis + 1 == p.shape.len();
         let (outer, inner) = (p.shape[axis - 1], p.shape[axis]);
-        let allowed =
-            if row { elementwise && (outer == 1 || inner == 1 || outer * inner <= LONG_ROW) } else { true };
+        let allowed = if row { elementwise && (outer == 1 || outer * inner <= LONG_ROW) } else { true };
         // An index along either axis is lost by merging; along later ones it is renamed.
         let counted =
             p.instrs.iter().any(|i| matches!(i, Instr::Iota { axis: a } if *a == axis || *a == axis - 1));
@@ -107,4 +106,37 @@ fn merged(l: &Layout, axis: usize) -> Option<Layout> {
     l.shape.remove(axis);
     l.strides.remove(axis);
     Some(l)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{graph, header, on_program, steps};
+    use super::*;
+    use sparsam_ir::DType;
+
+    #[test]
+    fn axes_walked_through_as_one_become_one() {
+        let g = graph(|t| t.input("x", &[2, 3, 8], DType::F32).exp());
+        let source = include_str!("collapse.rs");
+        assert_eq!(steps(&on_program(&[], &g)), header(source, 0));
+        assert_eq!(steps(&on_program(&[collapse], &g)), header(source, 1));
+    }
+
+    #[test]
+    fn rows_that_are_counted_or_reduced_stay() {
+        let shape = |f: &dyn Fn(&sparsam_ir::Trace) -> sparsam_ir::Tensor| {
+            on_program(&[super::super::fuse::fuse, collapse], &graph(f)).steps[0].row().unwrap().shape.clone()
+        };
+        assert_eq!(shape(&|t| t.input("x", &[2, 3, 8], DType::F32).sum(&[2])), [6, 8]);
+        assert_eq!(shape(&|t| t.iota(&[2, 3, 8], 1).cast(DType::F32)), [2, 3, 8]);
+        assert_eq!(shape(&|t| t.input("x", &[2, 3, 8], DType::F32).slice(1, 0, 2).exp()), [2, 16]);
+        assert_eq!(shape(&|t| t.input("x", &[512, 512], DType::F32).exp()), [512, 512]);
+        assert_eq!(shape(&|t| t.random(&t.input("s", &[2], DType::I32), 0, &[2, 3, 8])), [6, 8]);
+    }
+
+    #[test]
+    fn moves_become_copies() {
+        let p = on_program(&[collapse], &graph(|t| t.input("x", &[2, 3], DType::F32).t().reshape(&[6])));
+        assert_eq!(steps(&p), "copy: p1[3, 2] <- p0[3, 2]*[1, 3]\n");
+    }
 }

@@ -32,3 +32,34 @@ pub(crate) fn cse(graph: &Graph) -> Graph {
         *seen.entry((node.op.clone(), node.inputs.clone())).or_insert_with(|| push(g, node))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{graph, header, on_graph};
+    use super::*;
+    use sparsam_ir::DType;
+
+    #[test]
+    fn equal_nodes_become_one() {
+        let g = graph(|t| {
+            let x = t.input("x", &[2], DType::F32);
+            x.exp() + x.exp()
+        });
+        let source = include_str!("cse.rs");
+        assert_eq!(g.to_string(), header(source, 0));
+        assert_eq!(on_graph(cse, &g), header(source, 1));
+    }
+
+    #[test]
+    fn versions_of_a_state_and_streams_of_random_numbers_stay_apart() {
+        let g = graph(|t| {
+            let x = t.input("x", &[2], DType::F32);
+            let s = t.state("s", &[2], DType::F32);
+            let first = s.assign(&(&s + &x));
+            let second = first.assign(&(&first + &x));
+            let seed = t.input("seed", &[2], DType::I32);
+            second + t.random(&seed, 0, &[2]) + t.random(&seed, 1, &[2])
+        });
+        assert_eq!(on_graph(cse, &g), g.to_string());
+    }
+}

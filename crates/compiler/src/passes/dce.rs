@@ -35,3 +35,32 @@ pub(crate) fn dce(graph: &Graph) -> Graph {
     new.writes = graph.writes.iter().map(|id| renamed(&map, *id)).collect();
     new
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{graph, header, on_graph};
+    use super::*;
+    use sparsam_ir::DType;
+
+    #[test]
+    fn unread_nodes_go() {
+        let g = graph(|t| {
+            let x = t.input("x", &[2], DType::F32);
+            x.exp();
+            x.neg()
+        });
+        let source = include_str!("dce.rs");
+        assert_eq!(g.to_string(), header(source, 0));
+        assert_eq!(on_graph(dce, &g), header(source, 1));
+    }
+
+    #[test]
+    fn writes_and_what_they_need_stay() {
+        let g = graph(|t| {
+            let x = t.input("x", &[2], DType::F32);
+            t.state("s", &[2], DType::F32).assign(&x.exp());
+            x.neg()
+        });
+        assert_eq!(on_graph(dce, &g), g.to_string());
+    }
+}

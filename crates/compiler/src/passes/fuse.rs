@@ -406,3 +406,115 @@ fn is_cheap(p: &RowProgram, wanted: &[u32]) -> bool {
     }
     loads <= 2 && sums <= 4
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{graph, header, on_program, steps};
+    use super::*;
+    use sparsam_ir::{DType, Precision, Tensor, Trace};
+
+    fn x(t: &Trace) -> Tensor {
+        t.input("x", &[4, 8], DType::F32)
+    }
+
+    fn fused(f: impl Fn(&Trace) -> Tensor) -> Program {
+        on_program(&[fuse], &graph(f))
+    }
+
+    #[test]
+    fn the_example_of_the_header() {
+        let f = |t: &Trace| x(t).exp().add_scalar(1.0);
+        let source = include_str!("fuse.rs");
+        assert_eq!(steps(&on_program(&[], &graph(f))), header(source, 0));
+        assert_eq!(steps(&fused(f)), header(source, 1));
+    }
+
+    #[test]
+    fn one_kernel_each() {
+        let one: [(&str, fn(&Trace) -> Tensor); 8] = [
+            ("softmax", |t| x(t).softmax()),
+            ("norm with its residual", |t| {
+                let y = x(t) + t.input("r", &[4, 8], DType::F32);
+                &y * &(&y * &y).mean().sqrt().recip() * t.weight("w", &[8])
+            }),
+            ("silu(gate) * up", |t| x(t).silu() * t.input("up", &[4, 8], DType::F32)),
+            ("rotary halves", |t| {
+                let (a, b) = (x(t).slice(1, 0, 4), x(t).slice(1, 4, 8));
+                let (c, s) = (t.input("c", &[4, 1], DType::F32), t.input("s", &[4, 1], DType::F32));
+                t.concat(&[&(&a * &c - &b * &s), &(&b * &c + &a * &s)], 1)
+            }),
+            ("bias before rotary halves", |t| {
+                let x = x(t) + t.weight("bias", &[8]);
+                let (a, b) = (x.slice(1, 0, 4), x.slice(1, 4, 8));
+                t.concat(&[&(&a - &b), &(&b + &a)], 1)
+            }),
+            ("through a reshape", |t| x(t).exp().reshape(&[2, 2, 8]).neg()),
+            ("through a transpose", |t| x(t).exp().t().neg()),
+            ("bias gradient", |t| (x(t) * x(t)).sum(&[0])),
+        ];
+        for (what, f) in one {
+            let g = sparsam_ir::Graph::clone(&graph(f));
+            let p = on_program(&[fuse], &super::super::cse::cse(&super::super::dce::dce(&g)));
+            assert_eq!(p.steps.len(), 1, "{what}:\n{p}");
+        }
+    }
+
+    #[test]
+    fn results_that_others_read_stay_stored() {
+        let p = fused(|t| {
+            let y = x(t).exp();
+            let w = t.weight("w", &[8, 8]);
+            y.matmul_with(&w, false, true, Precision::F32) + y.neg()
+        });
+        // exp is stored for the product and again read by the sum: no step may pass the product.
+        assert_eq!(
+            p.steps.iter().map(|s| s.kernel.name()).collect::<Vec<_>>(),
+            ["row", "weight matmul", "row"]
+        );
+    }
+
+    #[test]
+    fn what_must_not_fuse() {
+        let apart: [(&str, usize, fn(&Trace) -> Tensor); 4] = [
+            // Twice as many sines as there are angles: dearer than storing them.
+            ("a table spread over heads", 2, |t| {
+                let table = t.input("a", &[4, 1], DType::F32).broadcast_to(&[4, 8]).sin();
+                table.reshape(&[4, 1, 8]).broadcast_to(&[4, 3, 8]) * t.input("h", &[4, 3, 8], DType::F32)
+            }),
+            ("a norm over halves that are rotated", 2, |t| {
+                let y = x(t) * x(t).sum(&[1]);
+                let (a, b) = (y.slice(1, 0, 4), y.slice(1, 4, 8));
+                t.concat(&[&(&a - &b), &(&b + &a)], 1)
+            }),
+            ("a sum over the other axis", 2, |t| x(t).sum(&[0]).neg()),
+            ("whole numbers past f32", 2, |t| {
+                let i = t.input("i", &[4, 8], DType::I32).cast(DType::F32).mul_scalar(1e9).cast(DType::I32);
+                i.cast(DType::F32).neg()
+            }),
+        ];
+        for (what, kernels, f) in apart {
+            assert_eq!(fused(f).steps.len(), kernels, "{what}:\n{}", fused(f));
+        }
+    }
+
+    #[test]
+    fn a_state_is_read_before_it_is_written() {
+        let g = {
+            let t = Trace::new();
+            let s = t.state("s", &[4, 8], DType::F32);
+            let old = s.exp();
+            let new = s.assign(&(&s + &x(&t)));
+            t.finish(&[("y", &(&old + &new))]).unwrap()
+        };
+        assert!(on_program(&[fuse], &g).steps.len() <= 2);
+        // A transposed read of what the same program writes cannot be in it.
+        let g = {
+            let t = Trace::new();
+            let s = t.state("s", &[8, 8], DType::F32);
+            let y = s.t().neg();
+            s.assign(&(&s + &y));
+            t.finish(&[("y", &y)]).unwrap()
+        };
+        assert_eq!(on_program(&[fuse], &g).steps.len(), 2);
+    }
+}

@@ -106,3 +106,39 @@ fn apart(a: &Layout, b: &Layout) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::plan;
+    use super::super::testing::{graph, on_program};
+    use super::*;
+    use sparsam_ir::{DType, Tensor, Trace};
+
+    fn arena(f: impl Fn(&Trace, &Tensor) -> Tensor) -> usize {
+        let g = graph(|t| f(t, &t.input("x", &[4, 8], DType::F32).exp()));
+        on_program(&[in_place, plan], &g).arena_bytes
+    }
+
+    #[test]
+    fn results_take_the_places_of_operands_that_end() {
+        let one = 4 * 8 * 4;
+        assert_eq!(arena(|_, x| x.neg().sin()), one);
+        // Both halves are read and written where they lie.
+        let g = graph(|t| {
+            let x = t.input("x", &[4, 8], DType::F32).exp();
+            let (a, b) = (x.slice(1, 0, 4), x.slice(1, 4, 8));
+            t.concat(&[&(&a - &b), &(&b + &a)], 1)
+        });
+        let p = on_program(&[super::super::fuse::fuse, in_place, plan], &g);
+        assert_eq!(p.arena_bytes, one, "{p}");
+    }
+
+    #[test]
+    fn operands_that_live_on_or_lie_otherwise_stay() {
+        let one = 4 * 8 * 4;
+        assert_eq!(arena(|_, x| x.neg() + x.clone()), 2 * one); // the sum takes the place of either
+        assert_eq!(arena(|_, x| x.t().neg()), 2 * one);
+        assert_eq!(arena(|_, x| x.slice(1, 0, 4).neg()), one + one / 2);
+        assert_eq!(arena(|t, x| t.concat(&[&x.slice(1, 4, 8), &x.slice(1, 0, 4)], 1)), 2 * one); // exchanged
+    }
+}

@@ -2,14 +2,14 @@
 //! and enters one parallel region: q, k and v; gate and up. Before:
 //!
 //! ```text
-//! weight matmul int8: p3[4, 32] <- p0[4, 64] p1[32, 64]
-//! weight matmul int8: p4[4, 16] <- p0[4, 64] p2[16, 64]
+//! weight matmul int8: p2[4, 32] <- p0[4, 64] p1[32, 64]
+//! weight matmul int8: p4[4, 16] <- p0[4, 64] p3[16, 64]
 //! ```
 //!
 //! and after:
 //!
 //! ```text
-//! weight matmul int8: p3[4, 32] p4[4, 16] <- p0[4, 64] p1[32, 64] p2[16, 64]
+//! weight matmul int8: p2[4, 32] p4[4, 16] <- p0[4, 64] p1[32, 64] p3[16, 64]
 //! ```
 
 use crate::program::{Kernel, Program, Step};
@@ -40,4 +40,39 @@ pub(crate) fn merge(program: &mut Program) {
         steps.push(step);
     }
     program.steps = steps;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{graph, header, on_program, steps};
+    use super::*;
+    use sparsam_ir::{DType, Precision};
+
+    #[test]
+    fn products_of_one_activation_become_one() {
+        let g = graph(|t| {
+            let x = t.input("x", &[4, 64], DType::F32);
+            let product = |name: &str, n, p| x.matmul_with(&t.weight(name, &[n, 64]), false, true, p);
+            t.concat(&[&product("a", 32, Precision::Int8), &product("b", 16, Precision::Int8)], 1)
+        });
+        let text = |p: &Program| -> String {
+            steps(p).lines().filter(|l| l.contains("matmul")).map(|l| format!("{l}\n")).collect()
+        };
+        let source = include_str!("merge.rs");
+        assert_eq!(text(&on_program(&[], &g)), header(source, 0));
+        assert_eq!(text(&on_program(&[merge], &g)), header(source, 1));
+    }
+
+    #[test]
+    fn other_activations_and_precisions_stay_apart() {
+        let g = graph(|t| {
+            let x = t.input("x", &[4, 64], DType::F32);
+            let product = |x: &sparsam_ir::Tensor, name: &str, p| {
+                x.matmul_with(&t.weight(name, &[64, 64]), false, true, p)
+            };
+            let y = product(&x, "a", Precision::Int8);
+            product(&y, "b", Precision::Int8) + product(&x, "c", Precision::F32)
+        });
+        assert_eq!(steps(&on_program(&[merge], &g)), steps(&on_program(&[], &g)));
+    }
 }

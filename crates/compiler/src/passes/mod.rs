@@ -10,6 +10,8 @@ mod plan;
 mod rewrite;
 mod schedule;
 mod simplify;
+#[cfg(test)]
+mod testing;
 
 use crate::program::Program;
 use crate::report::{PassReport, Report};
@@ -163,4 +165,28 @@ fn checked(pass: &'static str, program: &Program, planned: bool) -> Result<(), E
         return Ok(());
     }
     check::check(program, planned).map_err(|what| Error::Pass { pass, what })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_have_names_and_broken_graphs_are_refused() {
+        assert!(Pass::ALL.into_iter().all(|p| Pass::from_name(p.name()) == Some(p)));
+        assert_eq!(Pass::from_name("magic"), None);
+        let mut graph = testing::graph(|t| t.input("x", &[2], sparsam_ir::DType::F32).exp());
+        graph.nodes[1].shape = vec![3];
+        let e = compile(&graph, &Options::default()).unwrap_err().to_string();
+        assert!(e.contains("broken before compilation"), "{e}");
+    }
+
+    #[test]
+    fn a_broken_program_names_the_pass() {
+        let graph = testing::graph(|t| t.input("x", &[2], sparsam_ir::DType::F32).exp().neg());
+        let mut program = lower::lower(&graph).unwrap();
+        program.steps.swap(0, 1);
+        let e = checked("schedule", &program, false).unwrap_err().to_string();
+        assert!(e.contains("pass schedule broke the program: step 0 (row): reads"), "{e}");
+    }
 }

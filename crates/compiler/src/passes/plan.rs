@@ -60,3 +60,55 @@ fn drop_unused(program: &mut Program) {
     }
     program.outputs.iter_mut().for_each(|(_, o)| o.place = name[o.place]);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{graph, on_program};
+    use super::*;
+    use crate::check;
+    use sparsam_ir::DType;
+
+    #[test]
+    fn a_chain_needs_two_places_and_results_stay() {
+        let g = graph(|t| (0..10).fold(t.input("x", &[100], DType::F32), |x, _| x.tanh()));
+        let p = on_program(&[plan], &g);
+        assert_eq!(p.arena_bytes, 2 * 448); // 400 bytes, up to whole cache lines
+        check::check(&p, true).unwrap();
+        let t = sparsam_ir::Trace::new();
+        let x = t.input("x", &[100], DType::F32);
+        let (a, b) = (x.exp(), x.neg());
+        let p = on_program(&[plan], &t.finish(&[("a", &a), ("b", &b), ("c", &b.sin().cos())]).unwrap());
+        assert!(p.arena_bytes >= 3 * 448);
+        check::check(&p, true).unwrap();
+    }
+
+    #[test]
+    fn places_that_meet_are_refused() {
+        let g = graph(|t| {
+            let x = t.input("x", &[16], DType::F32);
+            x.exp() + x.neg()
+        });
+        let mut p = on_program(&[plan], &g);
+        check::check(&p, true).unwrap();
+        for place in &mut p.places {
+            if let Place::Arena { offset, .. } = place {
+                *offset = 0;
+            }
+        }
+        assert!(check::check(&p, true).unwrap_err().contains("at the same time"));
+    }
+
+    #[test]
+    fn gaps_are_filled() {
+        // A large value between two small ones that outlive it.
+        let g = graph(|t| {
+            let small = t.input("x", &[4, 1], DType::F32).exp();
+            let large = small.broadcast_to(&[4, 64]).neg();
+            let sum = large.sum(&[1]);
+            let again = sum.broadcast_to(&[4, 64]).neg().sum(&[1]);
+            again + small
+        });
+        let p = on_program(&[plan], &g);
+        assert!(p.arena_bytes <= 4 * 64 * 4 + 3 * 64, "{}", p.arena_bytes);
+    }
+}

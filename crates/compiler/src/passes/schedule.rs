@@ -2,12 +2,12 @@
 //! larger than the operands that would have to wait for it. Before:
 //!
 //! ```text
-//! row [8, 1]: p2 <- p0      (broadcast to [8, 64] when stored)
-//! matmul: p3 <- p1
-//! row [8, 64]: p4 <- p2 p3
+//! row [8, 64]: large <- small
+//! matmul: other <- ..
+//! row [8, 64]: sum <- large other
 //! ```
 //!
-//! and after, `p2` is made behind the matmul. State writes stay where they are, and nothing passes a write of what
+//! and after, `large` is made behind the matmul. State writes stay where they are, and nothing passes a write of what
 //! it reads.
 
 use crate::program::Program;
@@ -71,4 +71,44 @@ pub(crate) fn schedule(program: &mut Program) {
         }
     }
     program.steps = order.into_iter().filter_map(|i| steps[i].take()).collect();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::plan;
+    use super::super::testing::{on_program, steps};
+    use super::*;
+    use sparsam_ir::{DType, Trace};
+
+    /// `big` is made early and read late; `small` likewise, but waiting for it would keep `big` alive.
+    #[test]
+    fn a_large_result_of_small_operands_waits() {
+        let t = Trace::new();
+        let a = t.input("a", &[8, 1], DType::F32).exp();
+        let big = a.broadcast_to(&[8, 64]).exp();
+        let small = t.input("b", &[8, 256], DType::F32).exp().sum(&[1]);
+        let w = t.input("c", &[64, 64], DType::F32);
+        let late = t.input("d", &[8, 64], DType::F32).matmul(&w);
+        let g = t.finish(&[("y", &(&late + &big + &small))]).unwrap();
+        let before = on_program(&[plan], &g);
+        let after = on_program(&[schedule, plan], &g);
+        let order = |p: &Program| p.steps.iter().map(|s| s.nodes[0].0).collect::<Vec<_>>();
+        let at = |p: &Program, node| order(p).iter().position(|&n| n == node).unwrap();
+        let (big, product, small) = (big.id().unwrap().0, late.id().unwrap().0, small.id().unwrap().0);
+        assert!(at(&before, big) < at(&before, product), "{}", steps(&before));
+        assert!(at(&after, big) > at(&after, product), "{}", steps(&after));
+        assert!(at(&after, small) < at(&after, product), "{}", steps(&after));
+        assert!(after.arena_bytes < before.arena_bytes);
+    }
+
+    #[test]
+    fn nothing_passes_a_write_of_what_it_reads() {
+        let t = Trace::new();
+        let s = t.state("s", &[2], DType::F32);
+        let old = s.reshape(&[2, 1]).broadcast_to(&[2, 9]).exp();
+        let new = s.assign(&t.input("x", &[2], DType::F32));
+        let y = old + new.reshape(&[2, 1]);
+        let g = t.finish(&[("y", &y)]).unwrap();
+        assert_eq!(steps(&on_program(&[schedule], &g)), steps(&on_program(&[], &g)));
+    }
 }

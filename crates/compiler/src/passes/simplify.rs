@@ -284,3 +284,78 @@ fn transposed(g: &Graph, id: NodeId) -> (NodeId, bool) {
     }
     (id, false)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::dce::dce;
+    use super::super::testing::{graph, header, on_graph};
+    use super::*;
+    use sparsam_ir::{Precision, Tensor, Trace};
+
+    fn x(t: &Trace) -> Tensor {
+        t.input("x", &[2, 3], DType::F32)
+    }
+
+    fn text(f: impl Fn(&Trace) -> Tensor) -> String {
+        on_graph(|g| dce(&simplify(g)), &graph(f))
+    }
+
+    #[test]
+    fn the_example_of_the_header() {
+        let f = |t: &Trace| t.input("x", &[2, 1], DType::F32).broadcast_to(&[2, 3]).exp().mul_scalar(1.0);
+        let source = include_str!("simplify.rs");
+        assert_eq!(graph(f).to_string(), header(source, 0));
+        assert_eq!(text(f), header(source, 1));
+    }
+
+    #[test]
+    fn each_rule_by_hand() {
+        let nothing = text(x);
+        let same: [fn(&Trace) -> Tensor; 12] = [
+            |t| x(t).add_scalar(0.0),
+            |t| x(t) - t.full(&[2, 3], 0.0),
+            |t| t.full(&[2, 3], 1.0) * x(t),
+            |t| x(t) / t.full(&[2, 3], 1.0),
+            |t| x(t).neg().neg(),
+            |t| x(t).reshape(&[6]).reshape(&[3, 2]).reshape(&[2, 3]),
+            |t| x(t).t().t(),
+            |t| x(t).slice(1, 0, 3),
+            |t| x(t).pad(1, 0, 0),
+            |t| t.concat(&[&x(t)], 0),
+            |t| t.concat(&[&x(t), &x(t).exp()], 1).slice(1, 0, 3),
+            |t| x(t).reshape(&[2, 3, 1]).sum(&[2]).reshape(&[2, 3]),
+        ];
+        for (i, f) in same.into_iter().enumerate() {
+            assert_eq!(text(f), nothing, "rule {i}");
+        }
+        let pairs: [(fn(&Trace) -> Tensor, fn(&Trace) -> Tensor); 6] = [
+            (|t| x(t).mul_scalar(2.0).mul_scalar(3.0), |t| x(t).mul_scalar(6.0)),
+            (|t| x(t) / t.full(&[2, 3], 4.0), |t| x(t).mul_scalar(0.25)),
+            (|t| x(t) / x(t).sum(&[1]), |t| x(t) * x(t).sum(&[1]).recip()),
+            (|t| x(t).slice(1, 0, 2).slice(1, 1, 2), |t| x(t).slice(1, 1, 2)),
+            (|t| x(t).matmul(&x(t).t()), |t| x(t).matmul_with(&x(t), false, true, Precision::F32)),
+            (|t| t.full(&[2, 3], 4.0).sqrt() + x(t), |t| x(t).add_scalar(2.0)),
+        ];
+        for (i, (long, short)) in pairs.into_iter().enumerate() {
+            let cleaned = on_graph(|g| dce(&super::super::cse::cse(&simplify(g))), &graph(long));
+            let want = on_graph(|g| dce(&super::super::cse::cse(g)), &graph(short));
+            let lines =
+                |s: &str| s.lines().map(|l| l.split(" = ").last().unwrap().to_string()).collect::<Vec<_>>();
+            assert_eq!(lines(&cleaned).len(), lines(&want).len(), "pair {i}:\n{cleaned}\n{want}");
+        }
+    }
+
+    #[test]
+    fn what_values_decide_stays() {
+        let keeps: [fn(&Trace) -> Tensor; 5] = [
+            |t| x(t).mul_scalar(0.0),                        // NaN * 0 is NaN
+            |t| x(t) / t.full(&[2, 3], 3.0),                 // 1/3 is not exact
+            |t| &x(t) * &x(t).exp().add_scalar(1.0).recip(), // a sigmoid
+            |t| x(t).mul_scalar(1e-30).mul_scalar(1e-30),    // their product is no f32
+            |t| x(t).slice(0, 1, 2).slice(1, 1, 2),          // two axes
+        ];
+        for (i, f) in keeps.into_iter().enumerate() {
+            assert_eq!(text(f), on_graph(dce, &graph(f)), "keep {i}");
+        }
+    }
+}
