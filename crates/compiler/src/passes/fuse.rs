@@ -413,6 +413,8 @@ mod tests {
     use super::*;
     use sparsam_ir::{DType, Precision, Tensor, Trace};
 
+    type Model = fn(&Trace) -> Tensor;
+
     fn x(t: &Trace) -> Tensor {
         t.input("x", &[4, 8], DType::F32)
     }
@@ -431,7 +433,7 @@ mod tests {
 
     #[test]
     fn one_kernel_each() {
-        let one: [(&str, fn(&Trace) -> Tensor); 8] = [
+        let one: [(&str, Model); 8] = [
             ("softmax", |t| x(t).softmax()),
             ("norm with its residual", |t| {
                 let y = x(t) + t.input("r", &[4, 8], DType::F32);
@@ -475,7 +477,7 @@ mod tests {
 
     #[test]
     fn what_must_not_fuse() {
-        let apart: [(&str, usize, fn(&Trace) -> Tensor); 4] = [
+        let apart: [(&str, usize, Model); 4] = [
             // Twice as many sines as there are angles: dearer than storing them.
             ("a table spread over heads", 2, |t| {
                 let table = t.input("a", &[4, 1], DType::F32).broadcast_to(&[4, 8]).sin();

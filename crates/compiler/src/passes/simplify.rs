@@ -292,6 +292,8 @@ mod tests {
     use super::*;
     use sparsam_ir::{Precision, Tensor, Trace};
 
+    type Model = fn(&Trace) -> Tensor;
+
     fn x(t: &Trace) -> Tensor {
         t.input("x", &[2, 3], DType::F32)
     }
@@ -311,7 +313,7 @@ mod tests {
     #[test]
     fn each_rule_by_hand() {
         let nothing = text(x);
-        let same: [fn(&Trace) -> Tensor; 12] = [
+        let same: [Model; 12] = [
             |t| x(t).add_scalar(0.0),
             |t| x(t) - t.full(&[2, 3], 0.0),
             |t| t.full(&[2, 3], 1.0) * x(t),
@@ -328,7 +330,7 @@ mod tests {
         for (i, f) in same.into_iter().enumerate() {
             assert_eq!(text(f), nothing, "rule {i}");
         }
-        let pairs: [(fn(&Trace) -> Tensor, fn(&Trace) -> Tensor); 6] = [
+        let pairs: [(Model, Model); 6] = [
             (|t| x(t).mul_scalar(2.0).mul_scalar(3.0), |t| x(t).mul_scalar(6.0)),
             (|t| x(t) / t.full(&[2, 3], 4.0), |t| x(t).mul_scalar(0.25)),
             (|t| x(t) / x(t).sum(&[1]), |t| x(t) * x(t).sum(&[1]).recip()),
@@ -347,7 +349,7 @@ mod tests {
 
     #[test]
     fn what_values_decide_stays() {
-        let keeps: [fn(&Trace) -> Tensor; 5] = [
+        let keeps: [Model; 5] = [
             |t| x(t).mul_scalar(0.0),                        // NaN * 0 is NaN
             |t| x(t) / t.full(&[2, 3], 3.0),                 // 1/3 is not exact
             |t| &x(t) * &x(t).exp().add_scalar(1.0).recip(), // a sigmoid
