@@ -49,17 +49,23 @@ impl Model {
 
     /// Best and median seconds for all products with `m` rows of activations.
     fn time(&self, ctx: &Context, m: usize, precision: Precision) -> (f64, f64) {
+        // Activations and results lie in a small arena that stays in cache, as in an engine.
         let mut mem = Memory::new();
-        let sets: Vec<(View, Vec<View>, Vec<&Weight>)> = self
-            .groups
-            .iter()
-            .map(|g| g.iter().collect::<Vec<_>>())
+        let widest = self.weights().map(Weight::rows).max().unwrap_or(0).max(3072);
+        let slab = mem.add_owned(m * widest * 4);
+        let inputs = [576, 1536].map(|k| tensor(&mut mem, &[m, k], 5));
+        let groups = self.groups.iter().map(|g| g.iter().collect::<Vec<_>>());
+        let sets: Vec<(&View, Vec<View>, Vec<&Weight>)> = groups
             .chain(self.head.iter().map(|h| vec![h]))
             .map(|ws| {
-                let k = ws[0].cols();
-                let a = tensor(&mut mem, &[m, k], 5);
+                let a =
+                    inputs.iter().find(|a| a.layout.shape[1] == ws[0].cols()).expect("one of the two widths");
+                let mut offset = 0;
                 let out = |w: &&Weight| {
-                    View::contiguous(mem.add_owned(m * w.rows() * 4), DType::F32, &[m, w.rows()])
+                    let mut out = View::contiguous(slab, DType::F32, &[m, w.rows()]);
+                    out.layout.offset = offset;
+                    offset += m * w.rows();
+                    out
                 };
                 let outs = ws.iter().map(out).collect();
                 (a, outs, ws)
@@ -118,6 +124,39 @@ fn main() {
                 m as f64 / median,
                 100.0 * gb / roof
             );
+        }
+    }
+    if wanted("region") {
+        let regions = || {
+            (0..1000).for_each(|_| {
+                ctx.pool().run(16, |i| {
+                    std::hint::black_box(i);
+                })
+            })
+        };
+        let (t, median) = best(regions);
+        println!("region of 16 empty tasks: {:.2} us, median {:.2}", t * 1e3, median * 1e3);
+    }
+    if wanted("small") {
+        for rows in [16, 64, 256] {
+            let w = weight(Q4_1, rows, 576, 3);
+            let mut mem = Memory::new();
+            let a = tensor(&mut mem, &[1, 576], 4);
+            let out = View::contiguous(mem.add_owned(1536 * 4), F32, &[1, rows]);
+            let (t, median) = best(|| matmul(&ctx, &mut mem, &[&out], &a, &[&w], Int8).expect("shapes fit"));
+            println!("small {rows} rows: {:.2} us, median {:.2}", t * 1e6, median * 1e6);
+        }
+    }
+    for dtype in [Q4_0, Q4_1, Q8_0] {
+        let name = format!("{dtype} in cache");
+        if wanted(&name) {
+            let w = weight(dtype, 1536, 576, 3);
+            let mut mem = Memory::new();
+            let a = tensor(&mut mem, &[1, 576], 4);
+            let out = View::contiguous(mem.add_owned(1536 * 4), F32, &[1, 1536]);
+            let (t, median) = best(|| matmul(&ctx, &mut mem, &[&out], &a, &[&w], Int8).expect("shapes fit"));
+            let gb = w.bytes() as f64 / 1e9;
+            println!("{name:20} {:5.1} GB/s, median {:5.1} ({:.1} us)", gb / t, gb / median, t * 1e6);
         }
     }
     let name = "Q4_0 transposed";

@@ -13,6 +13,8 @@ mod int8;
 mod int8_x86;
 mod panel;
 mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod unpack_x86;
 
 use crate::matmul::pack::Lanes;
 use crate::matmul::tile::PANEL;

@@ -52,7 +52,7 @@ impl Format {
             Q4_1 => (0, 15, true),
             Q5_0 => (16, 31, false),
             Q5_1 => (0, 31, true),
-            Q8_0 | IQ4_NL => (128, 255, false),
+            Q8_0 | IQ4_NL | IQ4_XS => (128, 255, false),
             Q4_K => (0, 15, true),
             Q5_K => (0, 31, true),
             _ => return None,
@@ -262,9 +262,9 @@ pub(super) fn run(ctx: &Context, targets: &[Target], a: Lanes, m: usize, k: usiz
     }
 
     if m == 1 {
-        let per_task = units.div_ceil(8 * ctx.pool().threads()).max(1);
-        tasks(ctx.pool(), parallel, units.div_ceil(per_task), |t| {
-            for unit in t * per_task..units.min((t + 1) * per_task) {
+        let pieces = guided(units, ctx.pool().threads());
+        tasks(ctx.pool(), parallel, pieces.len(), |t| {
+            for unit in pieces[t].clone() {
                 let (job, first) = find(&jobs, unit);
                 match job.tiles.single {
                     Some(single) => job.single(single, &acts, first),
@@ -280,6 +280,18 @@ pub(super) fn run(ctx: &Context, targets: &[Target], a: Lanes, m: usize, k: usiz
             job.unit(cpu, &acts, first, row..m.min(row + ROWS));
         });
     }
+}
+
+/// Cuts `units` into pieces of falling size: long streams of memory first, small pieces to end together.
+fn guided(units: usize, threads: usize) -> Vec<std::ops::Range<usize>> {
+    let mut pieces = Vec::new();
+    let mut first = 0;
+    while first < units {
+        let end = first + ((units - first) / (2 * threads)).max(1);
+        pieces.push(first..end);
+        first = end;
+    }
+    pieces
 }
 
 /// The elements of a row as f32, in place where they lie so.

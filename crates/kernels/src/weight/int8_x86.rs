@@ -5,7 +5,7 @@
 //! 31 over half of one; 8-bit codes go in with their magnitude, the sign moved to the activation
 //! (2 x 128 x 127 = 32,512), and are widened at once.
 
-use super::int8::{Acts, Args, BLOCK, CODES, Format, MAX_STRIP, Panel, Single, Tile, Tiles, scale};
+use super::int8::{Acts, Args, BLOCK, CODES, Format, MAX_STRIP, Single, Tile, Tiles, scale};
 use crate::matmul::scratch::Shared;
 use crate::matmul::tile::PANEL;
 use crate::{Cpu, Simd};
@@ -389,72 +389,6 @@ pub(super) unsafe fn quantize(x: &[f32], acts: &Acts, row: usize) {
             *acts.d.at(at) = d;
             *acts.sums.at(at) = sum;
             *acts.scaled.at(at) = sum as f32 * d;
-        }
-    }
-}
-
-/// Unpacks as [`super::unpack::unpack`]; `false` if there is no version for the format.
-///
-/// # Safety
-/// As there; the machine must have AVX2 and F16C.
-pub(super) unsafe fn unpack(dtype: DType, panel: &[u8], blocks: usize, out: &Panel, signed: bool) -> bool {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match dtype {
-            DType::Q4_0 => unpack_q4::<32>(panel, blocks, out),
-            DType::Q4_1 => unpack_q4::<64>(panel, blocks, out),
-            DType::Q8_0 => unpack_q8(panel, blocks, out, signed),
-            _ => return false,
-        }
-    }
-    true
-}
-
-/// Scales (and minima) of 16 rows at `p`.
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn unpack_halves(p: *const u8, out: *mut f32) {
-    // SAFETY: the caller's promise: 32 bytes in, 16 numbers out.
-    unsafe {
-        _mm256_storeu_ps(out, halves256(p));
-        _mm256_storeu_ps(out.add(8), halves256(p.add(16)));
-    }
-}
-
-/// Q4_0 (`HEAD` 32) or Q4_1 (`HEAD` 64).
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn unpack_q4<const HEAD: usize>(panel: &[u8], blocks: usize, out: &Panel) {
-    let nibble = _mm256_set1_epi8(15);
-    for b in 0..blocks {
-        // SAFETY: the caller's promise: a block takes `HEAD + 256` bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(b * (HEAD + 256));
-            unpack_halves(p, out.d.add(b * PANEL));
-            if HEAD == 64 {
-                unpack_halves(p.add(32), out.m.add(b * PANEL));
-            }
-            for i in 0..8 {
-                let v = _mm256_loadu_si256(p.add(HEAD + i * 32).cast());
-                let to = out.codes.add(b * CODES + i * 32);
-                _mm256_storeu_si256(to.cast(), _mm256_and_si256(v, nibble));
-                let high = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
-                _mm256_storeu_si256(to.add(256).cast(), high);
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn unpack_q8(panel: &[u8], blocks: usize, out: &Panel, signed: bool) {
-    let flip = _mm256_set1_epi8(if signed { 0 } else { -128 });
-    for b in 0..blocks {
-        // SAFETY: the caller's promise: a block takes 32 + 512 bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(b * 544);
-            unpack_halves(p, out.d.add(b * PANEL));
-            for i in 0..16 {
-                let v = _mm256_xor_si256(_mm256_loadu_si256(p.add(32 + i * 32).cast()), flip);
-                _mm256_storeu_si256(out.codes.add(b * CODES + i * 32).cast(), v);
-            }
         }
     }
 }

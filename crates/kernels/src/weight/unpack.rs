@@ -18,7 +18,7 @@ pub(super) unsafe fn unpack(cpu: Cpu, dtype: DType, panel: &[u8], blocks: usize,
     #[cfg(target_arch = "x86_64")]
     if cpu.simd >= crate::Simd::Avx2 {
         // SAFETY: the caller's promise; `Context` vouches for the instructions.
-        if unsafe { super::int8_x86::unpack(dtype, panel, blocks, out, signed) } {
+        if unsafe { super::unpack_x86::unpack(dtype, panel, blocks, out, signed) } {
             return;
         }
     }
@@ -61,6 +61,11 @@ fn scales(dtype: DType, block: &[u8], i: usize) -> (f32, f32) {
             let (scale, min) = six_bits(&block[4..16], i);
             (half(block) * scale as f32, -(half(&block[2..]) * min as f32))
         }
+        DType::IQ4_XS => {
+            let top = u16::from_le_bytes([block[2], block[3]]) >> (2 * i) & 3;
+            let low = block[4 + i / 2] >> (4 * (i % 2)) & 15;
+            (half(block) * ((low as u16 | top << 4) as f32 - 32.0), 0.0)
+        }
         _ => (half(block), 0.0),
     }
 }
@@ -87,6 +92,11 @@ fn code(dtype: DType, block: &[u8], k: usize) -> u8 {
         DType::Q5_0 => nibble(&block[6..]) | bit(&block[2..]),
         DType::Q5_1 => nibble(&block[8..]) | bit(&block[4..]),
         DType::Q8_0 => block[2 + k] ^ 0x80,
+        DType::IQ4_XS => {
+            let qs = &block[8 + k / 32 * 16..][..16];
+            let four = if k % 32 < 16 { qs[k % 16] & 15 } else { qs[k % 16] >> 4 };
+            (IQ4_VALUES[four as usize] as u8) ^ 0x80
+        }
         DType::Q4_K | DType::Q5_K => {
             // 32 bytes hold the low halves of 32 columns and the high halves of the next 32.
             let (low, part) = (block.len() - 128, k / 32);

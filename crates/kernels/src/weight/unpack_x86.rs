@@ -1,0 +1,321 @@
+//! Unpacking with AVX2: 8 rows of one quad (four columns) in a register.
+//!
+//! Offsets below count bytes of a block of 16 rows, field after field as [`super::panel::fields`] lists them.
+
+use super::int8::{BLOCK, CODES, Panel};
+use crate::matmul::tile::PANEL;
+use sparsam_dtype::DType;
+use sparsam_dtype::codec::IQ4_VALUES;
+use std::arch::x86_64::*;
+
+/// Unpacks as [`super::unpack::unpack`], which checks the lengths; `false` if there is no version for the format.
+///
+/// # Safety
+/// As there; the machine must have AVX2 and F16C.
+pub(super) unsafe fn unpack(dtype: DType, panel: &[u8], blocks: usize, out: &Panel, signed: bool) -> bool {
+    let p = panel.as_ptr();
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            DType::Q4_0 => q4::<32>(p, blocks, out),
+            DType::Q4_1 => q4::<64>(p, blocks, out),
+            DType::Q5_0 => q5::<32>(p, blocks, out),
+            DType::Q5_1 => q5::<64>(p, blocks, out),
+            DType::IQ4_NL => iq4_nl(p, blocks, out, signed),
+            DType::Q8_0 => q8_0(p, blocks, out, signed),
+            DType::Q4_K => q45_k::<false>(p, blocks, out),
+            DType::Q5_K => q45_k::<true>(p, blocks, out),
+            DType::Q6_K => q6_k(p, blocks, out),
+            DType::IQ4_XS => iq4_xs(p, blocks, out, signed),
+            _ => return false,
+        }
+    }
+    true
+}
+
+/// 8 f16 at `p`.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn halves(p: *const u8) -> __m256 {
+    // SAFETY: the caller's promise: 16 bytes.
+    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(p.cast()) })
+}
+
+/// 32 bytes at `p`.
+#[target_feature(enable = "avx2")]
+unsafe fn load(p: *const u8) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_loadu_si256(p.cast()) }
+}
+
+/// The codes of 8 rows (`half`) of a quad of a block to their place.
+#[target_feature(enable = "avx2")]
+unsafe fn put(out: &Panel, block: usize, quad: usize, half: usize, codes: __m256i) {
+    // SAFETY: the caller's promise: the block exists.
+    unsafe { _mm256_storeu_si256(out.codes.add(block * CODES + quad * 64 + half * 32).cast(), codes) };
+}
+
+/// Scales (or minima) of 16 rows from f16.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn put_halves(p: *const u8, out: *mut f32) {
+    // SAFETY: the caller's promise: 32 bytes in, 16 numbers out.
+    unsafe {
+        _mm256_storeu_ps(out, halves(p));
+        _mm256_storeu_ps(out.add(8), halves(p.add(16)));
+    }
+}
+
+#[target_feature(enable = "avx2")]
+fn low(v: __m256i) -> __m256i {
+    _mm256_and_si256(v, _mm256_set1_epi8(15))
+}
+
+#[target_feature(enable = "avx2")]
+fn high(v: __m256i) -> __m256i {
+    low(_mm256_srli_epi16(v, 4))
+}
+
+/// `16` in each byte of `v` that has one of the bits of `bits`.
+#[target_feature(enable = "avx2")]
+fn fifth(v: __m256i, bits: __m256i) -> __m256i {
+    let clear = _mm256_cmpeq_epi8(_mm256_and_si256(v, bits), _mm256_setzero_si256());
+    _mm256_andnot_si256(clear, _mm256_set1_epi8(16))
+}
+
+/// Q4_0 (`HEAD` 32: scales) or Q4_1 (`HEAD` 64: scales, minima).
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn q4<const HEAD: usize>(panel: *const u8, blocks: usize, out: &Panel) {
+    for b in 0..blocks {
+        // SAFETY: the caller's promise: a block takes `HEAD + 256` bytes.
+        unsafe {
+            let p = panel.add(b * (HEAD + 256));
+            put_halves(p, out.d.add(b * PANEL));
+            if HEAD == 64 {
+                put_halves(p.add(32), out.m.add(b * PANEL));
+            }
+            for i in 0..8 {
+                let v = load(p.add(HEAD + i * 32));
+                put(out, b, i / 2, i % 2, low(v));
+                put(out, b, i / 2 + 4, i % 2, high(v));
+            }
+        }
+    }
+}
+
+/// Q5_0 (`HEAD` 32) or Q5_1 (`HEAD` 64): after the head 32 bits a row, the fifth bits of its columns in order.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn q5<const HEAD: usize>(panel: *const u8, blocks: usize, out: &Panel) {
+    // Four columns take four bits: the low ones of a byte, or the high ones.
+    let bits = [_mm256_set1_epi32(0x0804_0201), _mm256_set1_epi32(0x8040_2010u32 as i32)];
+    let lanes =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    for b in 0..blocks {
+        // SAFETY: the caller's promise: a block takes `HEAD + 64 + 256` bytes.
+        unsafe {
+            let p = panel.add(b * (HEAD + 320));
+            put_halves(p, out.d.add(b * PANEL));
+            if HEAD == 64 {
+                put_halves(p.add(32), out.m.add(b * PANEL));
+            }
+            for half in 0..2 {
+                let fifths = load(p.add(HEAD + half * 32));
+                // Byte `i` of each row in all four bytes of its lane.
+                let byte = |i: i8| _mm256_shuffle_epi8(fifths, _mm256_add_epi8(lanes, _mm256_set1_epi8(i)));
+                for quad in 0..4 {
+                    let v = load(p.add(HEAD + 64 + quad * 64 + half * 32));
+                    let (lo, hi) = (byte((quad / 2) as i8), byte((quad / 2 + 2) as i8));
+                    put(out, b, quad, half, _mm256_or_si256(low(v), fifth(lo, bits[quad % 2])));
+                    put(out, b, quad + 4, half, _mm256_or_si256(high(v), fifth(hi, bits[quad % 2])));
+                }
+            }
+        }
+    }
+}
+
+/// The 16 values of IQ4, signed or plus 128.
+#[target_feature(enable = "avx2")]
+fn iq4_table(signed: bool) -> __m256i {
+    let values = IQ4_VALUES.map(|v| if signed { v as u8 } else { v as u8 ^ 0x80 });
+    // SAFETY: 16 bytes.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(values.as_ptr().cast()) })
+}
+
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn iq4_nl(panel: *const u8, blocks: usize, out: &Panel, signed: bool) {
+    let table = iq4_table(signed);
+    for b in 0..blocks {
+        // SAFETY: the caller's promise: a block takes 32 + 256 bytes.
+        unsafe {
+            let p = panel.add(b * 288);
+            put_halves(p, out.d.add(b * PANEL));
+            for i in 0..8 {
+                let v = load(p.add(32 + i * 32));
+                put(out, b, i / 2, i % 2, _mm256_shuffle_epi8(table, low(v)));
+                put(out, b, i / 2 + 4, i % 2, _mm256_shuffle_epi8(table, high(v)));
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn q8_0(panel: *const u8, blocks: usize, out: &Panel, signed: bool) {
+    let flip = _mm256_set1_epi8(if signed { 0 } else { -128 });
+    for b in 0..blocks {
+        // SAFETY: the caller's promise: a block takes 32 + 512 bytes.
+        unsafe {
+            let p = panel.add(b * 544);
+            put_halves(p, out.d.add(b * PANEL));
+            for i in 0..16 {
+                put(out, b, i / 2, i % 2, _mm256_xor_si256(load(p.add(32 + i * 32)), flip));
+            }
+        }
+    }
+}
+
+/// The low `BITS` bits of each lane after a shift to the right.
+#[target_feature(enable = "avx2")]
+fn bits(v: __m256i, shift: usize, mask: i32) -> __m256i {
+    _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(shift as i32)), _mm256_set1_epi32(mask))
+}
+
+/// Q4_K, or (with `FIFTH`) Q5_K: scales, minima, 12 bytes of 6-bit scales, fifth bits, four bits.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn q45_k<const FIFTH: bool>(panel: *const u8, blocks: usize, out: &Panel) {
+    let four = if FIFTH { 768 } else { 256 };
+    for g in 0..blocks / 8 {
+        // SAFETY: the caller's promise: a block takes `four + 2048` bytes and makes 8 of 32 columns.
+        unsafe {
+            let p = panel.add(g * (four + 2048));
+            for half in 0..2 {
+                let (d, m) = (halves(p.add(half * 16)), halves(p.add(32 + half * 16)));
+                let word = |i: usize| load(p.add(64 + i * 64 + half * 32));
+                let (a, b, c) = (word(0), word(1), word(2));
+                for i in 0..8 {
+                    let t = i % 4 * 8;
+                    let (scale, min) = if i < 4 {
+                        (bits(a, t, 63), bits(b, t, 63))
+                    } else {
+                        let top = |v| _mm256_slli_epi32(bits(v, t + 6, 3), 4);
+                        (_mm256_or_si256(bits(c, t, 15), top(a)), _mm256_or_si256(bits(c, t + 4, 15), top(b)))
+                    };
+                    let at = (g * 8 + i) * PANEL + half * 8;
+                    _mm256_storeu_ps(out.d.add(at), _mm256_mul_ps(d, _mm256_cvtepi32_ps(scale)));
+                    let m = _mm256_mul_ps(m, _mm256_cvtepi32_ps(min));
+                    _mm256_storeu_ps(out.m.add(at), _mm256_xor_ps(m, _mm256_set1_ps(-0.0)));
+                }
+                for unit in 0..32 {
+                    let v = load(p.add(four + unit * 64 + half * 32));
+                    let (pair, quad) = (unit / 8, unit % 8);
+                    let (mut lo, mut hi) = (low(v), high(v));
+                    if FIFTH {
+                        let f = load(p.add(256 + quad * 64 + half * 32));
+                        let bit = |i: usize| _mm256_set1_epi8((1u8 << i) as i8);
+                        lo = _mm256_or_si256(lo, fifth(f, bit(2 * pair)));
+                        hi = _mm256_or_si256(hi, fifth(f, bit(2 * pair + 1)));
+                    }
+                    put(out, g * 8 + 2 * pair, quad, half, lo);
+                    put(out, g * 8 + 2 * pair + 1, quad, half, hi);
+                }
+            }
+        }
+    }
+}
+
+/// Q6_K: four bits (2048), two bits (1024), 16 signed scales (256), scales of scales (32).
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn q6_k(panel: *const u8, blocks: usize, out: &Panel) {
+    let two = _mm256_set1_epi8(0x30);
+    for g in 0..blocks / 8 {
+        // SAFETY: the caller's promise: a block takes 3360 bytes and makes 8 of 32 columns, 16 of 16.
+        unsafe {
+            let p = panel.add(g * 3360);
+            for half in 0..2 {
+                let d = halves(p.add(3328 + half * 16));
+                for i in 0..16 {
+                    let scale = _mm_loadl_epi64(p.add(3072 + i * 16 + half * 8).cast());
+                    let scale = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scale));
+                    _mm256_storeu_ps(out.d.add((g * 16 + i) * PANEL + half * 8), _mm256_mul_ps(d, scale));
+                }
+                for n in 0..2 {
+                    for quad in 0..8 {
+                        let at = |unit: usize| load(p.add(unit * 64 + half * 32));
+                        let (a, b) = (at(n * 16 + quad), at(n * 16 + 8 + quad));
+                        let h = at(32 + n * 8 + quad);
+                        let tops =
+                            [_mm256_slli_epi16(h, 4), _mm256_slli_epi16(h, 2), h, _mm256_srli_epi16(h, 2)];
+                        let fours = [low(a), low(b), high(a), high(b)];
+                        for i in 0..4 {
+                            let code = _mm256_or_si256(fours[i], _mm256_and_si256(tops[i], two));
+                            put(out, g * 8 + n * 4 + i, quad, half, code);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// IQ4_XS: scales (32), two high bits of 8 scales (32), four low bits (64), codes (2048).
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn iq4_xs(panel: *const u8, blocks: usize, out: &Panel, signed: bool) {
+    let table = iq4_table(signed);
+    for g in 0..blocks / 8 {
+        // SAFETY: the caller's promise: a block takes 2176 bytes and makes 8 of 32 columns.
+        unsafe {
+            let p = panel.add(g * 2176);
+            for half in 0..2 {
+                let d = halves(p.add(half * 16));
+                let tops = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(32 + half * 16).cast()));
+                let lows = load(p.add(64 + half * 32));
+                for i in 0..8 {
+                    let top = _mm256_slli_epi32(bits(tops, 2 * i, 3), 4);
+                    let scale = _mm256_or_si256(bits(lows, 4 * i, 15), top);
+                    let scale = _mm256_cvtepi32_ps(_mm256_sub_epi32(scale, _mm256_set1_epi32(32)));
+                    _mm256_storeu_ps(out.d.add((g * 8 + i) * PANEL + half * 8), _mm256_mul_ps(d, scale));
+                    for quad in 0..4 {
+                        let v = load(p.add(128 + (i * 4 + quad) * 64 + half * 32));
+                        put(out, g * 8 + i, quad, half, _mm256_shuffle_epi8(table, low(v)));
+                        put(out, g * 8 + i, quad + 4, half, _mm256_shuffle_epi8(table, high(v)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Unpacked codes to f32 `[column][16]`: `(code - offset) * d`, plus the minimum with `MIN`; `halves` says that
+/// scales are for 16 columns.
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn floats<const MIN: bool>(
+    panel: &Panel,
+    blocks: usize,
+    offset: i32,
+    halves: bool,
+    out: *mut f32,
+) {
+    let (byte, offset) = (_mm256_set1_epi32(255), _mm256_set1_epi32(offset));
+    for b in 0..blocks {
+        for quad in 0..8 {
+            let scale = if halves { b * 2 + quad / 4 } else { b };
+            for half in 0..2 {
+                // SAFETY: the caller's promise: `blocks` blocks on both sides.
+                unsafe {
+                    let d = _mm256_loadu_ps(panel.d.add(scale * PANEL + half * 8));
+                    let m = if MIN { _mm256_loadu_ps(panel.m.add(scale * PANEL + half * 8)) } else { d };
+                    let v = load(panel.codes.add(b * CODES + quad * 64 + half * 32));
+                    let to = out.add((b * BLOCK + quad * 4) * PANEL + half * 8);
+                    let codes = [
+                        _mm256_and_si256(v, byte),
+                        _mm256_and_si256(_mm256_srli_epi32(v, 8), byte),
+                        _mm256_and_si256(_mm256_srli_epi32(v, 16), byte),
+                        _mm256_srli_epi32(v, 24),
+                    ];
+                    for (i, code) in codes.into_iter().enumerate() {
+                        let y = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, offset)), d);
+                        let y = if MIN { _mm256_add_ps(y, m) } else { y };
+                        _mm256_storeu_ps(to.add(i * PANEL), y);
+                    }
+                }
+            }
+        }
+    }
+}
