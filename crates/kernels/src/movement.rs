@@ -10,7 +10,8 @@
 
 use crate::convert;
 use crate::mem::Ptr;
-use crate::{Context, Error, Memory, View};
+use crate::simd::{Vector, dispatch};
+use crate::{Context, Error, Memory, Simd, View};
 use sparsam_dtype::{DType, Layout};
 
 /// Elements that one task copies at least: about 10 us of work against 0.5 us to enter a region.
@@ -28,6 +29,7 @@ fn shape_error(op: &'static str, what: String) -> Error {
 struct Side {
     ptr: Ptr,
     dtype: DType,
+    simd: Simd,
 }
 
 /// One loop over both operands.
@@ -68,6 +70,7 @@ fn merge(out: &Layout, src: &Layout) -> Vec<Axis> {
 /// # Errors
 /// Unequal shapes, an output that writes an element many times, views out of bounds or overlapping.
 pub fn copy(ctx: &Context, mem: &mut Memory, out: &View, src: &View) -> Result<(), Error> {
+    let simd = ctx.cpu().simd;
     if out.layout.shape != src.layout.shape {
         let what = format!("out {:?}, src {:?}", out.layout.shape, src.layout.shape);
         return Err(shape_error("copy", what));
@@ -77,7 +80,8 @@ pub fn copy(ctx: &Context, mem: &mut Memory, out: &View, src: &View) -> Result<(
     if out.layout.numel() == 0 || (out_ptr.0 == src_ptr.0 && out.layout == src.layout) {
         return Ok(());
     }
-    let (o, s) = (Side { ptr: out_ptr, dtype: out.dtype }, Side { ptr: src_ptr, dtype: src.dtype });
+    let (o, s) =
+        (Side { ptr: out_ptr, dtype: out.dtype, simd }, Side { ptr: src_ptr, dtype: src.dtype, simd });
     let axes = merge(&out.layout, &src.layout);
     let (&inner, lead) = axes.split_last().expect("at least one axis");
     let lead_n: usize = lead.iter().map(|a| a.n).product();
@@ -116,18 +120,24 @@ fn run_tasks(ctx: &Context, elements: usize, tasks: usize, task: impl Fn(usize) 
 
 /// Refuses outputs in which an index writes the element of another.
 fn check_writable(op: &'static str, out: &View) -> Result<(), Error> {
-    let l = &out.layout;
+    match writes_apart(&out.layout) {
+        true => Ok(()),
+        false => Err(shape_error(op, format!("output {:?} writes one element many times", out.layout))),
+    }
+}
+
+/// Whether no two indices share an element, as far as strides sorted by size tell (each past the reach of those
+/// before it): true of all that slices and permutations make.
+pub(crate) fn writes_apart(l: &Layout) -> bool {
     let mut axes: Vec<(usize, usize)> =
         l.shape.iter().copied().zip(l.strides.iter().copied()).filter(|&(n, _)| n > 1).collect();
     axes.sort_by_key(|&(_, s)| s);
     let mut reach = 0; // the farthest element that the axes so far touch
-    for (n, s) in axes {
-        if s <= reach {
-            return Err(shape_error(op, format!("output {l:?} writes one element many times")));
-        }
+    axes.into_iter().all(|(n, s)| {
+        let apart = s > reach;
         reach += (n - 1) * s;
-    }
-    Ok(())
+        apart
+    })
 }
 
 /// # Safety
@@ -157,6 +167,9 @@ unsafe fn copy_run(
                 _ => copy_strided::<u64>(out, step_out, src, step_src, n),
             };
         }
+        if step_out == 1 && step_src == 1 && convert_run(o.simd, o.dtype, s.dtype, out, src, n) {
+            return;
+        }
         match (s.dtype, o.dtype) {
             // Through f64 what f32 cannot hold.
             (DType::I32 | DType::I64 | DType::F64, _) | (_, DType::I64 | DType::F64) => {
@@ -178,6 +191,53 @@ unsafe fn copy_run(
     }
 }
 
+dispatch! {
+    /// Converts `n` neighbours between f32 and a half type; whether these types are such.
+    ///
+    /// # Safety
+    /// As for [`copy_run`].
+    unsafe fn convert_run(o: DType, s: DType, out: *mut u8, src: *const u8, n: usize) -> bool = convert_generic
+}
+
+/// See [`convert_run`]. Whole vectors and single elements round alike, to nearest even.
+#[inline(always)]
+unsafe fn convert_generic<V: Vector>(o: DType, s: DType, out: *mut u8, src: *const u8, n: usize) -> bool {
+    let whole = n / V::LANES * V::LANES;
+    // SAFETY: the caller's contract; vectors end at `whole`.
+    unsafe {
+        let (f_out, f_src) = (out.cast::<f32>(), src.cast::<f32>());
+        let (h_out, h_src) = (out.cast::<u16>(), src.cast::<u16>());
+        let steps = (0..whole).step_by(V::LANES);
+        match (s, o) {
+            (DType::F32, DType::F16) => {
+                for i in steps {
+                    V::load(f_src.add(i)).store_f16(h_out.add(i));
+                }
+            }
+            (DType::F32, DType::BF16) => {
+                for i in steps {
+                    V::load(f_src.add(i)).store_bf16(h_out.add(i));
+                }
+            }
+            (DType::F16, DType::F32) => {
+                for i in steps {
+                    V::load_f16(h_src.add(i)).store(f_out.add(i));
+                }
+            }
+            (DType::BF16, DType::F32) => {
+                for i in steps {
+                    V::load_bf16(h_src.add(i)).store(f_out.add(i));
+                }
+            }
+            _ => return false,
+        }
+        for i in whole..n {
+            convert::set(o, out, i, convert::get(s, src, i));
+        }
+    }
+    true
+}
+
 /// # Safety
 /// As for [`copy_run`].
 unsafe fn copy_strided<T: Copy>(out: *mut u8, step_out: usize, src: *const u8, step_src: usize, n: usize) {
@@ -193,6 +253,7 @@ unsafe fn copy_strided<T: Copy>(out: *mut u8, step_out: usize, src: *const u8, s
 /// # Errors
 /// As [`copy`].
 pub fn fill(ctx: &Context, mem: &mut Memory, out: &View, value: f32) -> Result<(), Error> {
+    let simd = ctx.cpu().simd;
     check_writable("fill", out)?;
     let ([ptr], []) = mem.resolve([out], [], false)?;
     if out.layout.numel() == 0 {
@@ -202,7 +263,7 @@ pub fn fill(ctx: &Context, mem: &mut Memory, out: &View, value: f32) -> Result<(
     let cell = one.as_mut_ptr().cast::<u8>();
     // SAFETY: 8 aligned bytes hold one element of any plain type.
     unsafe { convert::set(out.dtype, cell, 0, value) };
-    let (o, s) = (Side { ptr, dtype: out.dtype }, Side { ptr: Ptr(cell), dtype: out.dtype });
+    let (o, s) = (Side { ptr, dtype: out.dtype, simd }, Side { ptr: Ptr(cell), dtype: out.dtype, simd });
     let repeated = Layout { strides: vec![0; out.layout.shape.len()], ..out.layout.clone() };
     let axes = merge(&out.layout, &repeated);
     let (&inner, lead) = axes.split_last().expect("at least one axis");
@@ -283,6 +344,7 @@ unsafe fn copy_row(o: Side, at_out: usize, s: Side, at_src: usize, axes: &[Axis]
 /// # Errors
 /// Shapes that do not fit, an index outside of the table, views out of bounds or overlapping.
 pub fn gather(ctx: &Context, mem: &mut Memory, out: &View, table: &View, rows: &View) -> Result<(), Error> {
+    let simd = ctx.cpu().simd;
     check_rows("gather", table, out, rows)?;
     check_writable("gather", out)?;
     let ([out_ptr], [table_ptr, rows_ptr]) = mem.resolve([out], [table, rows], false)?;
@@ -291,7 +353,8 @@ pub fn gather(ctx: &Context, mem: &mut Memory, out: &View, table: &View, rows: &
     if out.layout.numel() == 0 {
         return Ok(());
     }
-    let (o, s) = (Side { ptr: out_ptr, dtype: out.dtype }, Side { ptr: table_ptr, dtype: table.dtype });
+    let (o, s) =
+        (Side { ptr: out_ptr, dtype: out.dtype, simd }, Side { ptr: table_ptr, dtype: table.dtype, simd });
     let axes = row_axes(out, table);
     let row_len = out.layout.numel() / list.len();
     let per_task = (TASK / row_len).max(1);
@@ -311,18 +374,22 @@ pub fn gather(ctx: &Context, mem: &mut Memory, out: &View, table: &View, rows: &
 /// # Errors
 /// Shapes that do not fit, a slot outside of the state (nothing is written then), views out of bounds or overlapping.
 pub fn scatter_rows(
-    _ctx: &Context,
+    ctx: &Context,
     mem: &mut Memory,
     state: &View,
     values: &View,
     slots: &View,
 ) -> Result<(), Error> {
+    let simd = ctx.cpu().simd;
     check_rows("scatter_rows", state, values, slots)?;
     check_writable("scatter_rows", state)?;
     let ([state_ptr], [values_ptr, slots_ptr]) = mem.resolve([state], [values, slots], false)?;
     // SAFETY: resolved just now; the output does not overlap it.
     let list = unsafe { indices("scatter_rows", slots, slots_ptr, state.layout.shape[0], true)? };
-    let (o, s) = (Side { ptr: state_ptr, dtype: state.dtype }, Side { ptr: values_ptr, dtype: values.dtype });
+    let (o, s) = (
+        Side { ptr: state_ptr, dtype: state.dtype, simd },
+        Side { ptr: values_ptr, dtype: values.dtype, simd },
+    );
     if values.layout.numel() == 0 {
         return Ok(());
     }
@@ -349,6 +416,7 @@ pub fn scatter_add(
     values: &View,
     rows: &View,
 ) -> Result<(), Error> {
+    let simd = ctx.cpu().simd;
     check_rows("scatter_add", out, values, rows)?;
     if out.dtype != DType::F32 {
         return Err(Error::View { want: "F32 output", view: Box::new(out.clone()) });
@@ -360,7 +428,8 @@ pub fn scatter_add(
     if values.layout.numel() == 0 {
         return Ok(());
     }
-    let (o, s) = (Side { ptr: out_ptr, dtype: out.dtype }, Side { ptr: values_ptr, dtype: values.dtype });
+    let (o, s) =
+        (Side { ptr: out_ptr, dtype: out.dtype, simd }, Side { ptr: values_ptr, dtype: values.dtype, simd });
     let axes = row_axes(out, values);
     let (&inner, lead) = axes.split_last().expect("at least one axis");
     let lead_n: usize = lead.iter().map(|a| a.n).product();

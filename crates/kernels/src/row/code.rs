@@ -347,6 +347,15 @@ fn translate(program: &Program, classes: &[Class], ins: &[(DType, &Layout)]) -> 
                 Unary::Erf => Op::Erf,
                 Unary::Floor => Op::Floor,
             },
+            // One number divides a whole row: its reciprocal is taken once (a rounding more; a division costs as
+            // much as ten products).
+            Instr::Binary(Binary::Div, ..) if class == Class::Wide && nodes[args[1]].class != Class::Wide => {
+                let (below, of) = (args[1], nodes[args[1]].class);
+                let known = nodes.iter().position(|n| n.op == Op::Recip && n.args[0] == below);
+                args[1] =
+                    known.unwrap_or_else(|| push(&mut nodes, Op::Recip, [below, 0, 0], 1, of, usize::MAX));
+                Op::Mul
+            }
             Instr::Binary(b, ..) => match b {
                 Binary::Add => Op::Add,
                 Binary::Sub => Op::Sub,

@@ -297,7 +297,18 @@ unsafe fn run_list<V: Vector>(list: *const Ins, n: usize, slots: *const Slot, ti
                     for o in 0..tile.no {
                         for i in 0..tile.ni {
                             let p = d.row(o, i);
-                            (0..tile.w).for_each(|c| *p.add(c) = (tile.column + c) as f32);
+                            let mut c = 0;
+                            while c < tile.w {
+                                let at = V::int_add(V::int((tile.column + c) as i32), V::int_iota());
+                                let n = (tile.w - c).min(V::LANES);
+                                let y = V::from_int(at);
+                                if n == V::LANES {
+                                    y.store(p.add(c))
+                                } else {
+                                    y.store_first(p.add(c), n)
+                                }
+                                c += n;
+                            }
                         }
                     }
                 }

@@ -1,6 +1,7 @@
 //! The language of row programs, and what makes one well formed.
 
 use crate::Error;
+use crate::movement::writes_apart;
 use sparsam_dtype::{DType, Layout};
 
 /// A value: the index of the instruction that makes it. Each is made once, before it is used.
@@ -155,9 +156,14 @@ impl Program {
     ) -> Result<Vec<Class>, Error> {
         /// Registers and operands are numbered in 16 bits.
         const MOST: usize = 50_000;
-        let total = self.instrs.len() + ins.len() + outs.len() + self.stores.len();
+        let total = 2 * self.instrs.len() + ins.len() + outs.len() + self.stores.len();
+        // A row's columns are counted in i32.
+        if self.width() > i32::MAX as usize {
+            return Err(shape_error(format!("rows of {} elements, at most 2^31 - 1", self.width())));
+        }
         if total > MOST {
-            return Err(shape_error(format!("{total} instructions and operands, at most {MOST}; split it")));
+            let what = format!("{} instructions are too many; split the program", self.instrs.len());
+            return Err(shape_error(what));
         }
         let mut classes: Vec<Class> = Vec::with_capacity(self.instrs.len());
         let input = |i: usize| {
@@ -238,7 +244,7 @@ impl Program {
                 let what = format!("output {out} has shape {:?}; want {want:?} ({class:?})", layout.shape);
                 return Err(shape_error(what));
             }
-            if layout.shape.iter().zip(&layout.strides).any(|(&n, &s)| n > 1 && s == 0) {
+            if !writes_apart(layout) {
                 return Err(shape_error(format!("output {out} writes one element many times")));
             }
         }

@@ -80,7 +80,7 @@ fn binary(op: Binary, a: Near, b: Near) -> Near {
         Binary::Sub => near(p - q, e, 1.0),
         Binary::Mul => near(p * q, p.abs() * b.e + q.abs() * a.e + a.e * b.e, 1.0),
         Binary::Div if q.abs() <= b.e => Near { x: 0.0, e: f64::INFINITY },
-        Binary::Div => near(p / q, (a.e + (p / q).abs() * b.e) / (q.abs() - b.e), 1.0),
+        Binary::Div => near(p / q, (a.e + (p / q).abs() * b.e) / (q.abs() - b.e), 2.0),
         Binary::Max if p.is_nan() || q.is_nan() => near(f64::NAN, 0.0, 0.0),
         Binary::Min if p.is_nan() || q.is_nan() => near(f64::NAN, 0.0, 0.0),
         Binary::Max => Near { x: p.max(q), e: a.e.max(b.e) },
