@@ -4,6 +4,13 @@
 //! `s_j = cap(scale * q_ih . k_jg)`, `out_ih = sum_j softmax(s)_j v_jg`, `lse_ih = log sum_j exp(s_j)`, where
 //! `cap(s) = softcap * tanh(s / softcap)` if a soft cap is given. A row that sees no key gets 0 and -inf.
 //!
+//! Products, sums and exponentials are in f32, whatever the inputs are stored in. Where q, k and v are all bf16 with even
+//! widths and the machine multiplies pairs of bf16, the products take bf16: weights and the gradients of scores are
+//! rounded to it on their way into a product, sums stay in f32.
+//!
+//! Tile sizes are derived in `block.rs` (forward) and `backward.rs`; bytes moved against the plain version in
+//! `forward.rs`.
+//!
 //! Source: Dao et al. 2022, "FlashAttention" (algorithms 1 and 4) and Dao 2023, "FlashAttention-2"; grouped heads:
 //! Ainslie et al. 2023.
 

@@ -9,9 +9,9 @@
 use super::Backward;
 use super::block::*;
 use super::problem::{Problem, Tensor};
-use crate::Context;
 use crate::matmul::scratch::{Scratch, Shared};
 use crate::simd::{Vector, dispatch, math};
+use crate::{Context, Cpu};
 use sparsam_dtype::DType;
 use std::ops::Range;
 
@@ -89,10 +89,12 @@ pub(super) fn backward(ctx: &Context, b: &Backward, p: &Problem) {
             for key in blocks(j).rev() {
                 for row in blocks(j + wave) {
                     let (rows, keys) = (span.block(row), span.block(key));
-                    if row >= key && !rows.is_empty() {
+                    let kv_head = t / tasks.len();
+                    let task = Task { b, p, deltas, rows, keys, kv_head };
+                    if row >= key && !task.rows.is_empty() {
                         // SAFETY: `packed_backward` checked the shapes that bound rows and heads; within a wave each
                         // block of rows and each block of keys belongs to one task; the machine has the instructions.
-                        unsafe { run_task(ctx.cpu().simd, b, p, deltas, rows, keys, t / tasks.len()) };
+                        unsafe { run_task(ctx.cpu(), &task) };
                     }
                 }
             }
@@ -118,19 +120,49 @@ unsafe fn dot_of<V: Vector>(a: *const f32, b: *const f32, n: usize) -> f32 {
     }
 }
 
-dispatch! {
-    unsafe fn run_task(b: &Backward, p: &Problem, deltas: Shared<f32>, rows: Range<usize>, keys: Range<usize>, kv_head: usize) = task
-}
-
-#[inline(always)]
-unsafe fn task<V: Transpose>(
-    b: &Backward,
-    p: &Problem,
+/// The operands of a task, and which rows, keys and key head it has.
+struct Task<'a> {
+    b: &'a Backward,
+    p: &'a Problem,
+    /// (N, n_heads): rowsum(dout * out).
     deltas: Shared<f32>,
     rows: Range<usize>,
     keys: Range<usize>,
     kv_head: usize,
-) {
+}
+
+dispatch! {
+    unsafe fn run_single(t: &Task) = single
+}
+
+#[inline(always)]
+unsafe fn single<V: Transpose>(t: &Task) {
+    // SAFETY: the caller's contract.
+    unsafe { task::<V, Single>(t) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+unsafe fn run_pairs(t: &Task) {
+    // SAFETY: the caller's contract.
+    unsafe { task::<crate::simd::Avx512, Pairs>(t) }
+}
+
+unsafe fn run_task(cpu: Cpu, t: &Task) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if t.p.pairs(cpu, [&t.b.q, &t.b.k, &t.b.v]) {
+            return run_pairs(t);
+        }
+        run_single(cpu.simd, t)
+    }
+}
+
+#[inline(always)]
+unsafe fn task<V: Transpose, W: Words<V>>(t: &Task) {
+    let Task { b, p, deltas, kv_head, .. } = *t;
+    let (rows, keys) = (t.rows.clone(), t.keys.clone());
     let group = p.group();
     let (dim, v_dim) = (p.dim.next_multiple_of(UNIT), p.v_dim.next_multiple_of(UNIT));
     // Columns of the block that row i sees. Row i's keys end with i.
@@ -147,17 +179,24 @@ unsafe fn task<V: Transpose>(
     if union(rows.clone()).is_empty() {
         return;
     }
+    let pairs = W::EACH - 1; // 1 where words are pairs
+    let (k_words, v_words) = (p.dim / W::EACH, p.v_dim / W::EACH);
+    let as_type = if W::EACH == 2 { DType::F32 } else { b.k.dtype };
     let sizes = [
-        EDGE * p.dim,   // K, transposed
-        EDGE * p.v_dim, // V, transposed
-        EDGE * dim,     // K
-        EDGE * dim,     // dk
-        EDGE * v_dim,   // dv
-        PART * dim,     // q
-        PART * v_dim,   // dout
-        PART * dim,     // dq
-        PART * STRIDE,  // weights
-        PART * STRIDE,  // gradients of scores
+        EDGE * k_words,           // K, transposed
+        EDGE * v_words,           // V, transposed
+        EDGE / W::EACH * dim,     // K, summed over keys
+        EDGE * dim,               // dk
+        EDGE * v_dim,             // dv
+        PART * dim,               // q
+        PART * v_dim,             // dout
+        pairs * PART / 2 * dim,   // q, pairs of rows
+        pairs * PART / 2 * v_dim, // dout, likewise
+        PART * dim,               // dq
+        PART / W::EACH * STRIDE,  // weights
+        PART / W::EACH * STRIDE,  // gradients of scores
+        pairs * BLOCK * STRIDE,   // weights of a block of rows before they are paired
+        pairs * BLOCK * STRIDE,   // gradients, likewise
     ];
     let mut words = Scratch::of::<f32>(sizes.iter().sum());
     let mut at = words.ptr::<f32>();
@@ -167,20 +206,24 @@ unsafe fn task<V: Transpose>(
         here
     };
     let (kt, vt, k, dk, dv) = (take(0), take(1), take(2), take(3), take(4));
-    let (q, dout, dq, weights, grads) = (take(5), take(6), take(7), take(8), take(9));
-    // Scores in base 2, as the forward pass has them.
-    let (factor, dk_factor) = match p.scores.softcap {
-        Some(cap) => (p.scores.scale / cap, cap),
-        None => (p.scores.scale * std::f32::consts::LOG2_E, std::f32::consts::LN_2),
-    };
+    let (q, dout, q_rows, dout_rows, dq) = (take(5), take(6), take(7), take(8), take(9));
+    let (weights, grads, w_block, g_block) = (take(10), take(11), take(12), take(13));
+    // Right sides of the products that sum over rows.
+    let (dout_right, q_right) = if W::EACH == 2 { (dout_rows, q_rows) } else { (dout, q) };
+    let (scale, cap) = (p.scores.scale, p.scores.softcap);
+    // Scores in base 2 (or inputs of tanh), as the forward pass has them.
+    let factor = cap.map_or(scale * std::f32::consts::LOG2_E, |cap| scale / cap);
+    let scores_factor = (W::EACH == 2).then_some(factor);
+    // dk is made of q times the factor, or of q itself.
+    let dk_factor = if W::EACH == 2 { scale } else { cap.unwrap_or(std::f32::consts::LN_2) };
     let mut slots = [0; EDGE];
     let slots = &mut slots[..keys.len()];
     slots.iter_mut().zip(keys.clone()).for_each(|(s, key)| *s = key);
     // SAFETY: the pieces follow each other within the scratch buffer; everything else is `backward`'s promise.
     unsafe {
-        pack_transposed::<V>(&b.k, slots, kv_head, p.dim, kt);
-        pack_transposed::<V>(&b.v, slots, kv_head, p.v_dim, vt);
-        pack_rows::<V>(&b.k, slots, kv_head, p.dim, k);
+        pack_transposed::<V>((&b.k, as_type), slots, kv_head, k_words, kt);
+        pack_transposed::<V>((&b.v, as_type), slots, kv_head, v_words, vt);
+        W::pack_right(&b.k, slots, kv_head, p.dim, k);
         std::slice::from_raw_parts_mut(dk, keys.len() * dim).fill(0.0);
         std::slice::from_raw_parts_mut(dv, keys.len() * v_dim).fill(0.0);
         let all = rows.len() * group;
@@ -188,22 +231,32 @@ unsafe fn task<V: Transpose>(
             let n = (all - part).min(PART);
             let place = |m: usize| (rows.start + (part + m) / group, kv_head * group + (part + m) % group);
             let mut stats = [(0.0f32, 0.0f32); PART]; // log-sum-exp in base 2, rowsum(dout * out)
-            for m in 0..n {
-                let (i, h) = place(m);
+            for m in 0..n.next_multiple_of(W::EACH) {
                 let to_q = std::slice::from_raw_parts_mut(q.add(m * dim), dim);
                 let to_dout = std::slice::from_raw_parts_mut(dout.add(m * v_dim), v_dim);
                 to_q.fill(0.0);
                 to_dout.fill(0.0);
+                let (i, h) = place(m);
                 // What padding holds must not reach any gradient, were it NaN.
-                if p.visible[i].is_empty() {
-                    continue;
+                if m < n && !p.visible[i].is_empty() {
+                    b.q.read(i, h, &mut to_q[..p.dim]);
+                    if W::EACH == 1 {
+                        to_q.iter_mut().for_each(|x| *x *= factor);
+                    }
+                    b.dout.read(i, h, &mut to_dout[..p.v_dim]);
+                    let mut lse = [0.0];
+                    b.lse.read(i, h, &mut lse);
+                    stats[m] = (lse[0] * std::f32::consts::LOG2_E, *deltas.at(i * p.heads + h));
                 }
-                b.q.read(i, h, &mut to_q[..p.dim]);
-                to_q.iter_mut().for_each(|x| *x *= factor);
-                b.dout.read(i, h, &mut to_dout[..p.v_dim]);
-                let mut lse = [0.0];
-                b.lse.read(i, h, &mut lse);
-                stats[m] = (lse[0] * std::f32::consts::LOG2_E, *deltas.at(i * p.heads + h));
+                if W::EACH == 2 && m % 2 == 1 {
+                    // The right sides of sums over rows, then in place the left sides of sums over numbers.
+                    for (from, to, width) in [(q, q_rows, dim), (dout, dout_rows, v_dim)] {
+                        let (first, second) = (from.add((m - 1) * width), from.add(m * width));
+                        W::interleave(first, second, to.add(m / 2 * width), 0..width);
+                        W::narrow(first, 0..width);
+                        W::narrow(second, 0..width);
+                    }
+                }
             }
             let rows_of = |m: Range<usize>| place(m.start).0..place(m.end - 1).0 + 1;
             let total = union(rows_of(0..n));
@@ -217,54 +270,71 @@ unsafe fn task<V: Transpose>(
                 let cols = union(rows_of(m..m + r));
                 unions[m / BLOCK] = cols.clone();
                 let (first, last) = (cols.start / PANEL * PANEL, cols.end.next_multiple_of(UNIT));
-                let (w, g) = (weights.add(m * STRIDE), grads.add(m * STRIDE));
-                if cols.is_empty() {
-                    for i in 0..r {
-                        std::slice::from_raw_parts_mut(w.add(i * STRIDE + low), high - low).fill(0.0);
-                        std::slice::from_raw_parts_mut(g.add(i * STRIDE + low), high - low).fill(0.0);
-                    }
-                    continue;
+                let (w, g) = match W::EACH {
+                    2 => (w_block, g_block),
+                    _ => (weights.add(m * STRIDE), grads.add(m * STRIDE)),
+                };
+                let zero = |row: *mut f32, cols: Range<usize>| {
+                    std::slice::from_raw_parts_mut(row.add(cols.start), cols.len()).fill(0.0);
+                };
+                // The rows of a block that no row sees, and the missing row of a pair, are 0.
+                for i in if cols.is_empty() { 0 } else { r }..r.next_multiple_of(W::EACH) {
+                    zero(w.add(i * STRIDE), low..high);
+                    zero(g.add(i * STRIDE), low..high);
                 }
-                for panel in (first..last).step_by(PANEL) {
+                for panel in (first..last.max(first)).step_by(PANEL) {
                     let units = (last - panel).min(PANEL) / UNIT;
-                    product::<V, Single>(
+                    product::<V, W>(
                         r,
-                        p.dim,
+                        k_words,
                         units,
                         Left { at: q.add(m * dim), row: dim, step: 1 },
-                        Right { at: kt.add(panel * p.dim), row: PANEL },
+                        Right { at: kt.add(panel * k_words), row: PANEL },
                         Target { at: w.add(panel), row: STRIDE, add: false },
                     );
-                    product::<V, Single>(
+                    product::<V, W>(
                         r,
-                        p.v_dim,
+                        v_words,
                         units,
                         Left { at: dout.add(m * v_dim), row: v_dim, step: 1 },
-                        Right { at: vt.add(panel * p.v_dim), row: PANEL },
+                        Right { at: vt.add(panel * v_words), row: PANEL },
                         Target { at: g.add(panel), row: STRIDE, add: false },
                     );
                 }
-                for i in 0..r {
+                for i in 0..if cols.is_empty() { 0 } else { r } {
                     let (w, g) = (w.add(i * STRIDE), g.add(i * STRIDE));
-                    differentiate::<V>(w, g, first..last, stats[m + i], p.scores.softcap);
+                    differentiate::<V>(w, g, first..last, stats[m + i], scores_factor, cap);
                     let seen = seen(place(m + i).0);
                     for x in [w, g] {
-                        let x = std::slice::from_raw_parts_mut(x, high);
-                        x[low..seen.start.max(low)].fill(0.0);
-                        x[seen.end.max(low)..].fill(0.0);
+                        zero(x, low..seen.start.clamp(low, high));
+                        zero(x, seen.end.clamp(low, high)..high);
                     }
                 }
-                product::<V, Single>(
+                if W::EACH == 2 {
+                    for i in (0..r).step_by(2) {
+                        let to = (m + i) / 2 * STRIDE;
+                        for (from, to) in [(w, weights.add(to)), (g, grads.add(to))] {
+                            W::interleave(from.add(i * STRIDE), from.add((i + 1) * STRIDE), to, low..high);
+                        }
+                    }
+                    (0..r).for_each(|i| W::narrow(g.add(i * STRIDE), first..last.max(first)));
+                }
+                if cols.is_empty() {
+                    continue;
+                }
+                // Words of keys; what else they hold has gradient 0.
+                let words = cols.start / W::EACH..cols.end.div_ceil(W::EACH);
+                product::<V, W>(
                     r,
-                    cols.len(),
+                    words.len(),
                     dim / UNIT,
-                    Left { at: g.add(cols.start), row: STRIDE, step: 1 },
-                    Right { at: k.add(cols.start * dim), row: dim },
+                    Left { at: g.add(words.start), row: STRIDE, step: 1 },
+                    Right { at: k.add(words.start * dim), row: dim },
                     Target { at: dq.add(m * dim), row: dim, add: false },
                 );
                 for i in m..m + r {
                     let (row, h) = place(i);
-                    add_to::<V>(b.dq.at(row, h).cast(), dq.add(i * dim), p.dim, p.scores.scale);
+                    add_to::<V>(b.dq.at(row, h).cast(), dq.add(i * dim), p.dim, scale);
                 }
             }
             for key in (total.start..total.end).step_by(BLOCK) {
@@ -276,9 +346,10 @@ unsafe fn task<V: Transpose>(
                 else {
                     continue;
                 };
-                let (first, last) = (first * BLOCK, n.min((last + 1) * BLOCK));
-                for (from, with, width, to) in [(weights, dout, v_dim, dv), (grads, q, dim, dk)] {
-                    product::<V, Single>(
+                let first = first * BLOCK / W::EACH;
+                let last = n.min((last + 1) * BLOCK).div_ceil(W::EACH);
+                for (from, with, width, to) in [(weights, dout_right, v_dim, dv), (grads, q_right, dim, dk)] {
+                    product::<V, W>(
                         r,
                         last - first,
                         width / UNIT,
@@ -296,13 +367,14 @@ unsafe fn task<V: Transpose>(
     }
 }
 
-/// From scores `w` and `g = dout . v`: weights into `w`, gradients of the (unscaled, uncapped) scores into `g`.
+/// From scores `w` (still to be multiplied by `factor`) and `g = dout . v`: weights into `w`, gradients of the (unscaled, uncapped) scores into `g`.
 #[inline(always)]
 unsafe fn differentiate<V: Vector>(
     w: *mut f32,
     g: *mut f32,
     cols: Range<usize>,
     (lse, delta): (f32, f32),
+    factor: Option<f32>,
     softcap: Option<f32>,
 ) {
     // SAFETY: `cols` are whole units within both rows, and the caller has V's instructions.
@@ -310,6 +382,9 @@ unsafe fn differentiate<V: Vector>(
         let (lse, delta) = (V::splat(lse), V::splat(delta));
         for j in cols.step_by(V::LANES) {
             let mut s = V::load(w.add(j));
+            if let Some(factor) = factor {
+                s = s.mul(V::splat(factor));
+            }
             let mut gradient = V::load(g.add(j)).sub(delta);
             if let Some(cap) = softcap {
                 let t = math::tanh(s);

@@ -3,6 +3,7 @@
 use super::problem::Tensor;
 use crate::simd::Vector;
 use sparsam_dtype::DType;
+use std::ops::Range;
 
 /// Keys that are treated together. A task holds their transposed K and their V in f32: 256 x (64 + 64) x 4 bytes =
 /// 128 KiB for heads of 64, which with queries and results of [`ROWS`] rows (2 x 96 KiB) stay within a second-level cache
@@ -33,8 +34,151 @@ pub(super) trait Product<V> {
     unsafe fn step(a: V, b: V, sum: V) -> V;
 }
 
+/// How numbers stand in words, beyond the step itself.
+pub(super) trait Words<V>: Product<V> {
+    /// Numbers in a word: neighbours along the axis that a product sums over.
+    const EACH: usize;
+
+    /// Copies `[slot, head, ..width]` of each slot as the right side of a product that sums over slots:
+    /// `[slots / EACH][width in whole units]`, zeros where nothing is.
+    unsafe fn pack_right(t: &Tensor, slots: &[usize], head: usize, width: usize, to: *mut f32);
+
+    /// Turns numbers `cols` (whole units) of a row into words in place; the word of number `j` is `j / EACH`.
+    unsafe fn narrow(row: *mut f32, cols: Range<usize>);
+
+    /// Words of the numbers `cols` (whole units) of two rows, which follow each other along a product's sum.
+    unsafe fn interleave(first: *const f32, second: *const f32, to: *mut f32, cols: Range<usize>);
+}
+
 /// Words are f32.
 pub(super) struct Single;
+
+impl<V: Vector> Words<V> for Single {
+    const EACH: usize = 1;
+
+    #[inline(always)]
+    unsafe fn pack_right(t: &Tensor, slots: &[usize], head: usize, width: usize, to: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe { pack_rows::<V>(t, slots, head, width, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn narrow(_: *mut f32, _: Range<usize>) {}
+
+    #[inline(always)]
+    unsafe fn interleave(_: *const f32, _: *const f32, _: *mut f32, _: Range<usize>) {
+        unreachable!("words of one number hold no second row")
+    }
+}
+
+/// Words are pairs of bf16, multiplied and summed in f32 by one instruction (AVX-512 BF16).
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Pairs;
+
+#[cfg(target_arch = "x86_64")]
+mod pairs {
+    use super::*;
+    use crate::simd::Avx512;
+    use std::arch::x86_64::*;
+
+    impl Product<Avx512> for Pairs {
+        #[inline(always)]
+        unsafe fn step(a: Avx512, b: Avx512, sum: Avx512) -> Avx512 {
+            // SAFETY: the caller has the instruction; both types are 64 plain bytes.
+            unsafe {
+                let word = |x: Avx512| std::mem::transmute::<__m512, __m512bh>(x.0);
+                Avx512(_mm512_dpbf16_ps(sum.0, word(a), word(b)))
+            }
+        }
+    }
+
+    /// 16 bf16 from `first` in the low halves of words, 16 from `second` in the high ones.
+    #[inline(always)]
+    unsafe fn join(first: __m256i, second: __m256i) -> __m512i {
+        // SAFETY: the caller has AVX-512.
+        unsafe {
+            let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(second));
+            _mm512_or_si512(_mm512_cvtepu16_epi32(first), high)
+        }
+    }
+
+    /// 16 numbers rounded to bf16.
+    #[inline(always)]
+    unsafe fn round(p: *const f32) -> __m256i {
+        // SAFETY: the caller has the instruction and 16 numbers at `p`; both types are 32 plain bytes.
+        unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(p))) }
+    }
+
+    impl Words<Avx512> for Pairs {
+        const EACH: usize = 2;
+
+        #[inline(always)]
+        unsafe fn pack_right(t: &Tensor, slots: &[usize], head: usize, width: usize, to: *mut f32) {
+            let row = width.next_multiple_of(UNIT);
+            for (i, pair) in slots.chunks(2).enumerate() {
+                // SAFETY: the caller's contract; `t` is bf16.
+                unsafe {
+                    let part = |slot: Option<&usize>, d: usize| {
+                        let Some(&slot) = slot else { return _mm256_setzero_si256() };
+                        let from = t.at(slot, head).cast::<u16>().add(d);
+                        if width - d >= UNIT {
+                            return _mm256_loadu_si256(from.cast());
+                        }
+                        _mm256_maskz_loadu_epi16((1 << (width - d)) - 1, from.cast())
+                    };
+                    for d in (0..row).step_by(UNIT) {
+                        let words = join(part(pair.first(), d), part(pair.get(1), d));
+                        _mm512_storeu_si512(to.add(i * row + d).cast(), words);
+                    }
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn narrow(row: *mut f32, cols: Range<usize>) {
+            for j in cols.step_by(UNIT) {
+                // SAFETY: the caller's contract; what is written lies before what is still to be read.
+                unsafe { _mm256_storeu_si256(row.cast::<u16>().add(j).cast(), round(row.add(j))) };
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn interleave(first: *const f32, second: *const f32, to: *mut f32, cols: Range<usize>) {
+            for j in cols.step_by(UNIT) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    _mm512_storeu_si512(to.add(j).cast(), join(round(first.add(j)), round(second.add(j))));
+                }
+            }
+        }
+    }
+}
+
+/// Reads one vector as the left side of a product that sums over its numbers, times `factor` where words hold f32
+/// (rounding after a factor would cost what bf16 inputs need not lose).
+///
+/// # Safety
+/// As [`Tensor::read`]; bf16 where words are pairs, and an even width; `to` has room for `width / EACH` words.
+#[inline(always)]
+pub(super) unsafe fn read_left<V: Vector, W: Words<V>>(
+    t: &Tensor,
+    token: usize,
+    head: usize,
+    width: usize,
+    factor: f32,
+    to: *mut f32,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if W::EACH == 2 {
+            std::ptr::copy_nonoverlapping(t.at(token, head).cast_const(), to.cast::<u8>(), width * 2);
+            return;
+        }
+        let to = std::slice::from_raw_parts_mut(to, width);
+        t.read(token, head, to);
+        to.iter_mut().for_each(|x| *x *= factor);
+    }
+}
 
 impl<V: Vector> Product<V> for Single {
     #[inline(always)]
@@ -310,7 +454,8 @@ pub(super) unsafe fn load<V: Vector>(dtype: DType, p: *const u8, i: usize, n: us
     }
 }
 
-/// Copies `[slot, head, ..dim]` of each slot to `to`, transposed: panels of 64 keys, `[panel][dim][64]`.
+/// Copies `[slot, head, ..dim]` of each slot to `to`, transposed: panels of 64 keys, `[panel][dim][64]`. Pairs of bf16
+/// are read `as_type` F32, half as many.
 ///
 /// Columns up to the next multiple of 16 beyond the last slot repeat it; those beyond keep what was there.
 ///
@@ -318,7 +463,7 @@ pub(super) unsafe fn load<V: Vector>(dtype: DType, p: *const u8, i: usize, n: us
 /// `to` holds whole panels for all slots; slots and head lie within `t`; the machine has V's instructions.
 #[inline(always)]
 pub(super) unsafe fn pack_transposed<V: Transpose>(
-    t: &Tensor,
+    (t, as_type): (&Tensor, DType),
     slots: &[usize],
     head: usize,
     dim: usize,
@@ -336,10 +481,10 @@ pub(super) unsafe fn pack_transposed<V: Transpose>(
             for d in (0..dim).step_by(V::LANES) {
                 let n = (dim - d).min(V::LANES);
                 let mut rows = [V::splat(0.0); 16];
-                if n == V::LANES && t.dtype == DType::F32 {
+                if n == V::LANES && as_type == DType::F32 {
                     (0..V::LANES).for_each(|i| rows[i] = V::load(from[i].cast::<f32>().add(d)));
                 } else {
-                    (0..V::LANES).for_each(|i| rows[i] = load(t.dtype, from[i], d, n));
+                    (0..V::LANES).for_each(|i| rows[i] = load(as_type, from[i], d, n));
                 }
                 V::transpose(&mut rows);
                 if n == V::LANES {

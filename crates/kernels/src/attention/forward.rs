@@ -13,9 +13,10 @@
 use super::Forward;
 use super::block::*;
 use super::problem::{Problem, Segment};
-use crate::Context;
 use crate::matmul::scratch::Scratch;
 use crate::simd::{Vector, dispatch, math};
+use crate::{Context, Cpu};
+use sparsam_dtype::DType;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -84,12 +85,12 @@ pub(super) fn forward(ctx: &Context, f: &Forward, p: &Problem) {
             match &tile.partial {
                 None => {
                     let mut state = Scratch::of::<f32>(size);
-                    run_tile(ctx.cpu().simd, f, p, tile, chunks, state.ptr());
+                    run_tile(ctx.cpu(), f, p, tile, chunks, state.ptr());
                     finish(f, p, tile, state.ptr());
                 }
                 Some((at, missing)) => {
                     let mine = partials.at(at + (chunks.start - tile.chunks.start) * size);
-                    run_tile(ctx.cpu().simd, f, p, tile, chunks, mine);
+                    run_tile(ctx.cpu(), f, p, tile, chunks, mine);
                     if missing.fetch_sub(1, Ordering::AcqRel) == 1 {
                         let mut state = Scratch::of::<f32>(size);
                         empty(p, tile, state.ptr());
@@ -138,7 +139,31 @@ unsafe fn finish(f: &Forward, p: &Problem, tile: &Tile, state: *mut f32) {
 }
 
 dispatch! {
-    unsafe fn run_tile(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) = tile_chunks
+    unsafe fn run_single(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) = single
+}
+
+#[inline(always)]
+unsafe fn single<V: Transpose>(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
+    // SAFETY: the caller's contract.
+    unsafe { tile_chunks::<V, Single>(f, p, tile, chunks, state) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+unsafe fn run_pairs(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
+    // SAFETY: the caller's contract.
+    unsafe { tile_chunks::<crate::simd::Avx512, Pairs>(f, p, tile, chunks, state) }
+}
+
+unsafe fn run_tile(cpu: Cpu, f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if p.pairs(cpu, [&f.q, &f.k, &f.v]) {
+            return run_pairs(f, p, tile, chunks, state);
+        }
+        run_single(cpu.simd, f, p, tile, chunks, state)
+    }
 }
 
 dispatch! {
@@ -177,7 +202,7 @@ unsafe fn merge<V: Vector>(row: usize, state: *mut f32, more: *const f32) {
 }
 
 #[inline(always)]
-unsafe fn tile_chunks<V: Transpose>(
+unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
     f: &Forward,
     p: &Problem,
     tile: &Tile,
@@ -187,24 +212,24 @@ unsafe fn tile_chunks<V: Transpose>(
     let (group, row) = (p.group(), state_row(p));
     let rows = tile.rows.len() * group;
     let width = row - UNIT;
-    let mut words = Scratch::of::<f32>(CHUNK * (p.dim + width + BLOCK) + rows * p.dim + BLOCK * row);
+    let dim = p.dim / W::EACH; // words
+    let as_type = if W::EACH == 2 { DType::F32 } else { f.k.dtype };
+    let (scale, cap) = (p.scores.scale, p.scores.softcap);
+    // What makes scores of products: inputs of tanh, or scores in base 2.
+    let factor = cap.map_or(scale * std::f32::consts::LOG2_E, |cap| scale / cap);
+    let scores_factor = (W::EACH == 2).then_some(factor);
+    let mut words = Scratch::of::<f32>(CHUNK * (dim + width + BLOCK) + rows * dim + BLOCK * row);
     let k: *mut f32 = words.ptr();
     // SAFETY: the pieces follow each other within the scratch buffer; everything else is `forward`'s promise.
     unsafe {
-        let v = k.add(CHUNK * p.dim);
+        let v = k.add(CHUNK * dim);
         let scores = v.add(CHUNK * width);
         let q = scores.add(CHUNK * BLOCK);
-        let more = q.add(rows * p.dim);
+        let more = q.add(rows * dim);
         let visible = |m: usize| &p.visible[tile.rows.start + m / group];
         for m in 0..rows {
             let (i, h) = (tile.rows.start + m / group, tile.kv_head * group + m % group);
-            let to = std::slice::from_raw_parts_mut(q.add(m * p.dim), p.dim);
-            f.q.read(i, h, to);
-            let factor = match p.scores.softcap {
-                Some(cap) => p.scores.scale / cap,
-                None => p.scores.scale * std::f32::consts::LOG2_E,
-            };
-            to.iter_mut().for_each(|x| *x *= factor);
+            read_left::<V, W>(&f.q, i, h, p.dim, factor, q.add(m * dim));
         }
         empty(p, tile, state);
         for chunk in chunks {
@@ -229,8 +254,8 @@ unsafe fn tile_chunks<V: Transpose>(
             } else {
                 p.slots(tile.segment, start + first, slots);
             }
-            pack_transposed::<V>(&f.k, slots, tile.kv_head, p.dim, k.add(first * p.dim));
-            pack_rows::<V>(&f.v, slots, tile.kv_head, p.v_dim, v.add(first * width));
+            pack_transposed::<V>((&f.k, as_type), slots, tile.kv_head, dim, k.add(first * dim));
+            W::pack_right(&f.v, slots, tile.kv_head, p.v_dim, v.add(first / W::EACH * width));
             for m in (0..rows).step_by(BLOCK) {
                 let n = (rows - m).min(BLOCK);
                 let cols = union(m..m + n);
@@ -240,28 +265,31 @@ unsafe fn tile_chunks<V: Transpose>(
                 let first = cols.start / PANEL * PANEL;
                 let last = cols.end.next_multiple_of(UNIT);
                 for panel in (first..last).step_by(PANEL) {
-                    product::<V, Single>(
+                    product::<V, W>(
                         n,
-                        p.dim,
+                        dim,
                         (last - panel).min(PANEL) / UNIT,
-                        Left { at: q.add(m * p.dim), row: p.dim, step: 1 },
-                        Right { at: k.add(panel * p.dim), row: PANEL },
+                        Left { at: q.add(m * dim), row: dim, step: 1 },
+                        Right { at: k.add(panel * dim), row: PANEL },
                         Target { at: scores.add(panel), row: CHUNK, add: false },
                     );
                 }
                 for i in 0..n {
                     let seen = inside(visible(m + i).start)..inside(visible(m + i).end);
                     let s = scores.add(i * CHUNK);
-                    let (max, sum) = softmax::<V>(s, first..last, seen, p.scores.softcap);
+                    let (max, sum) = softmax::<V>(s, first..last, seen, scores_factor, cap);
+                    W::narrow(s, first..last);
                     *more.add(i * row + width) = max;
                     *more.add(i * row + width + 1) = sum;
                 }
-                product::<V, Single>(
+                // Words of keys; what else they hold has weight 0.
+                let keys = cols.start / W::EACH..cols.end.div_ceil(W::EACH);
+                product::<V, W>(
                     n,
-                    cols.len(),
+                    keys.len(),
                     width / UNIT,
-                    Left { at: scores.add(cols.start), row: CHUNK, step: 1 },
-                    Right { at: v.add(cols.start * width), row: width },
+                    Left { at: scores.add(keys.start), row: CHUNK, step: 1 },
+                    Right { at: v.add(keys.start * width), row: width },
                     Target { at: more, row, add: false },
                 );
                 for i in 0..n {
@@ -272,7 +300,7 @@ unsafe fn tile_chunks<V: Transpose>(
     }
 }
 
-/// Turns scores `cols` of a row into weights `2^(s - max)`, 0 outside `seen`; returns maximum and sum.
+/// Turns scores `cols` of a row, still to be multiplied by `factor`, into weights `2^(s - max)`, 0 outside `seen`; returns maximum and sum.
 ///
 /// # Safety
 /// `cols` are whole units of readable floats; the machine has V's instructions.
@@ -281,11 +309,17 @@ unsafe fn softmax<V: Vector>(
     s: *mut f32,
     cols: Range<usize>,
     seen: Range<usize>,
+    factor: Option<f32>,
     softcap: Option<f32>,
 ) -> (f32, f32) {
     let columns = || cols.clone().step_by(V::LANES);
     // SAFETY: the caller's contract.
     unsafe {
+        if let Some(factor) = factor {
+            for j in columns() {
+                V::load(s.add(j)).mul(V::splat(factor)).store(s.add(j));
+            }
+        }
         if let Some(cap) = softcap {
             let cap = V::splat(cap * std::f32::consts::LOG2_E);
             for j in columns() {

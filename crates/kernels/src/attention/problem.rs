@@ -114,6 +114,13 @@ impl Problem {
         self.heads / self.kv_heads
     }
 
+    /// Whether products run on pairs of bf16: all inputs are bf16, of even widths, and the machine has the instruction.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn pairs(&self, cpu: crate::Cpu, inputs: [&Tensor; 3]) -> bool {
+        let even = self.dim.is_multiple_of(2) && self.v_dim.is_multiple_of(2);
+        cpu.bf16 && even && inputs.iter().all(|t| t.dtype == DType::BF16)
+    }
+
     /// Fills `to` with the rows of the key tensor that hold positions `first ..` of the segment's sequence.
     pub(super) fn slots(&self, segment: &Segment, first: usize, to: &mut [usize]) {
         match segment.source {

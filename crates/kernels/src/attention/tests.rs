@@ -561,3 +561,73 @@ fn rows_that_reach_into_an_earlier_run_share_its_gradients() {
     check(&case);
     check_backward(&case);
 }
+
+/// `|a - b| / |b|` as vectors.
+fn distance(a: &[f32], b: &[f64]) -> f64 {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut a.iter().zip(b).map(|(&a, &b)| f64::from(a) - b)) / norm(&mut b.iter().copied()).max(1e-30)
+}
+
+#[test]
+fn bf16_inputs_cost_their_own_rounding_and_no_more() {
+    // Where the machine multiplies pairs of bf16, weights, dout and the scores' gradients are rounded to bf16 (2^-9 at
+    // most, 2^-9 / sqrt(3) on average, independently), and each result has one or two such factors in each term:
+    // sqrt(2 / 3) 2^-9 relative to the result, and twice that where terms cancel. Other paths compute in f32.
+    const LIMIT: f64 = 1.0 / 256.0;
+    let shapes = [[2, 1, 2, 6], [3, 3, 64, 64], [4, 2, 80, 80], [2, 1, 128, 96], [6, 2, 7, 3]];
+    for (s, shape) in shapes.into_iter().enumerate() {
+        for (lengths, window) in [(&[1][..], None), (&[3], None), (&[15, 17], Some(5)), (&[97, 258], None)] {
+            let scores = Scores { scale: 0.1, window, softcap: (s % 2 == 1).then_some(2.0) };
+            let case = Case::random(s as u64, shape, DType::BF16, packed_index(lengths, s % 3), scores);
+            let (out, lse) = case.truth::<f64>();
+            let dout = Rng(78).floats(case.rows() * case.heads * case.v_dim);
+            let grads = case.gradients::<f64>(&dout);
+            for cpu in Cpu::all() {
+                let mut first = None;
+                for threads in 1..=2 {
+                    let ctx = Context::new(threads, cpu);
+                    let got = case.run(&ctx, 0..case.rows());
+                    let back = case.run_backward(&ctx, &dout);
+                    assert!(
+                        distance(&got.0, &out) <= LIMIT,
+                        "out {}: {cpu} {shape:?}",
+                        distance(&got.0, &out)
+                    );
+                    assert!(
+                        worst(&got.1, &lse) <= LIMIT * (1.0 + largest(&lse)) / 64.0,
+                        "lse: {cpu} {shape:?}"
+                    );
+                    for (i, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
+                        // Terms of dq and dk may cancel: then against their size, scale |dout . v| |q or k|, with
+                        // numbers of 1 / sqrt(3) (dout and v) and sqrt(3) (q and k) on average.
+                        let size = grads[i].iter().map(|x| x * x).sum::<f64>().sqrt();
+                        let d = distance(&back[i], &grads[i]);
+                        let term = 0.1 * (case.v_dim as f64).sqrt() / 3.0 * 3f64.sqrt();
+                        let small = term * (grads[i].len() as f64).sqrt();
+                        assert!(
+                            d * size <= LIMIT * size.max(small),
+                            "{name} {d}: {cpu} {shape:?} {lengths:?}"
+                        );
+                    }
+                    let all = (got, back);
+                    assert!(*first.get_or_insert(all.clone()) == all, "threads change bits: {cpu}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn prompts_and_decoding_give_the_same_bits_in_bf16() {
+    for cpu in Cpu::all() {
+        let ctx = Context::new(2, cpu);
+        let index = paged_index(&[(600, 600), (280, 9)], 16, 1, 3);
+        let case = Case::random(1, [9, 3, 64, 64], DType::BF16, index, PLAIN);
+        let (out, lse) = case.run(&ctx, 0..case.rows());
+        for rows in [0..1, 255..256, 256..257, 500..513, 599..600, 601..602] {
+            let (o, l) = case.run(&ctx, rows.clone());
+            assert_eq!(o, out[rows.start * 9 * 64..rows.end * 9 * 64], "{cpu} {rows:?}");
+            assert_eq!(l, lse[rows.start * 9..rows.end * 9], "{cpu} {rows:?}");
+        }
+    }
+}
