@@ -726,7 +726,9 @@ impl Build {
     fn twins(&self, o: usize) -> Vec<usize> {
         let out = &self.domain.outs[o];
         let same = |p: &Place| {
-            p.dtype == out.dtype && p.wide == out.wide && p.step == out.step && p.lead == out.lead
+            // In rows of one element narrow is as wide as wide.
+            let wide = p.wide == out.wide || self.domain.width == 1;
+            p.dtype == out.dtype && wide && p.step == out.step && p.lead == out.lead
         };
         (0..self.domain.ins.len()).filter(|&i| same(&self.domain.ins[i])).collect()
     }

@@ -82,3 +82,29 @@ fn programs_that_mean_nothing_are_refused() {
 /// Random programs over random layouts: every path against the meaning in f64, with a bound on the error of each
 /// value carried along.
 mod random_programs;
+
+/// Found by random graphs: the column index is wide even in rows of one element, and its store came before the load
+/// of what it replaces.
+#[test]
+fn rows_of_one_element_are_read_before_they_are_replaced() {
+    let program = Program {
+        shape: vec![2, 1],
+        instrs: vec![
+            Instr::Iota { axis: 1 },
+            Instr::Unary(Unary::Cos, 0),
+            Instr::Load { input: 0 },
+            Instr::Binary(Binary::Mul, 2, 1),
+        ],
+        stores: vec![(0, 1, Store::Rows), (1, 3, Store::Rows)],
+    };
+    for cpu in Cpu::all() {
+        let mut mem = Memory::new();
+        let slabs = [mem.add_owned(8), mem.add_owned(8)];
+        mem.bytes_mut(slabs[0]).unwrap().copy_from_slice(bytemuck::cast_slice(&[3f32, 5.0]));
+        let [x, y] = slabs.map(|slab| View::contiguous(slab, DType::F32, &[2, 1]));
+        let operand = (DType::F32, &x.layout);
+        let code = Code::new(&program, &[operand], &[operand, operand]).unwrap();
+        run(&Context::new(1, cpu), &mut mem, &code, &[&x, &y], &[&x]).unwrap();
+        assert_eq!((mem.f32(&x).unwrap(), mem.f32(&y).unwrap()), (&[1.0, 1.0][..], &[3.0, 5.0][..]), "{cpu}");
+    }
+}
