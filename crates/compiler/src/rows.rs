@@ -117,6 +117,11 @@ impl Builder {
     }
 
     pub(crate) fn push(&mut self, instr: Instr) -> Val {
+        // There is nothing to count along one element.
+        let instr = match instr {
+            Instr::Iota { axis } if self.shape[axis] == 1 => Instr::Const(0.0),
+            instr => instr,
+        };
         let same = |a: &Instr| match (a, &instr) {
             (Instr::Const(a), Instr::Const(b)) => a.to_bits() == b.to_bits(),
             (a, b) => a == b,

@@ -33,9 +33,9 @@ pub fn norm(x: &Tensor, name: &str) -> Tensor {
     x * &scale * x.trace().weight(name, &[hidden])
 }
 
-pub fn linear(x: &Tensor, name: &str, out: usize) -> Tensor {
+pub fn linear(x: &Tensor, name: &str, out: usize, precision: Precision) -> Tensor {
     let w = x.trace().weight(name, &[out, x.dim(1)]);
-    x.matmul_with(&w, false, true, Precision::F32)
+    x.matmul_with(&w, false, true, precision)
 }
 
 pub fn rope(x: &Tensor, positions: &Tensor) -> Tensor {
@@ -53,7 +53,12 @@ pub fn rope(x: &Tensor, positions: &Tensor) -> Tensor {
 }
 
 pub fn llama(c: &Config) -> Graph {
-    let t = Trace::new();
+    llama_in(&Trace::new(), c, Precision::F32)
+}
+
+/// As [`llama`], over the weights that the trace knows.
+pub fn llama_in(t: &Trace, c: &Config, precision: Precision) -> Graph {
+    let linear = |x: &Tensor, name: &str, out: usize| linear(x, name, out, precision);
     let n = c.n_tokens;
     let input = |name: &str, shape: &[usize]| t.input(name, shape, DType::I32);
     let (tokens, positions, row_seq) =
@@ -81,7 +86,7 @@ pub fn llama(c: &Config) -> Graph {
         let up = linear(&h, &format!("{l}.up"), c.intermediate);
         x = &x + &linear(&(gate * up), &format!("{l}.down"), c.hidden);
     }
-    let logits = norm(&x, "norm").matmul_with(&embed, false, true, Precision::F32);
+    let logits = norm(&x, "norm").matmul_with(&embed, false, true, precision);
     t.finish(&[("logits", &logits), ("p", &logits.softmax())]).unwrap()
 }
 
