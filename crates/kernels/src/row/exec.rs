@@ -350,6 +350,7 @@ unsafe fn run_list<V: Vector>(list: *const Ins, n: usize, slots: *const Slot, ti
                 Op::Fms => product!(|a, b, c| a.fma(b, c.neg())),
                 Op::Fnma => product!(|a, b, c| a.fnma(b, c)),
                 Op::Mul3 => product!(|a, b, c| a.mul(b).mul(c)),
+                Op::DivRoot => map3!(V, g, d, s, true true false, |a, b, c| a.div(b.sqrt().add(c))),
                 Op::Select => select::<V>(g, d, s, v),
                 Op::RowSum => sum2!(V, g, d, [s[0]; 3], true, |x, _y, sum| sum.add(x)),
                 Op::RowMax => max1::<V>(g, d, s[0]),

@@ -32,6 +32,7 @@
 
 mod code;
 mod exec;
+mod nodes;
 mod program;
 pub(crate) mod reference;
 mod run;
