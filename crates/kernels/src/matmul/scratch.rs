@@ -9,7 +9,11 @@ thread_local! {
 }
 
 /// A buffer of at least the asked size, aligned to 64 bytes, with arbitrary (initialised) contents.
-pub(crate) struct Scratch(AlignedBytes);
+pub(crate) struct Scratch {
+    buffer: AlignedBytes,
+    /// Bytes asked for.
+    len: usize,
+}
 
 impl Scratch {
     /// A buffer for `n` values of `T`; reuses the largest free one and replaces it if it is too small.
@@ -21,30 +25,33 @@ impl Scratch {
             largest.map(|i| free.swap_remove(i))
         });
         match free {
-            Some(buffer) if buffer.len() >= bytes => Scratch(buffer),
-            _ => Scratch(AlignedBytes::zeroed(bytes)),
+            Some(buffer) if buffer.len() >= bytes => Scratch { buffer, len: bytes },
+            _ => Scratch { buffer: AlignedBytes::zeroed(bytes), len: bytes },
         }
     }
 
     /// Its address; valid until the buffer is dropped.
     pub fn ptr<T>(&mut self) -> *mut T {
-        self.0.bytes_mut().as_mut_ptr().cast()
+        self.buffer.bytes_mut().as_mut_ptr().cast()
     }
 
     /// All its bytes, at least the number asked for.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.0.bytes_mut()
+        self.buffer.bytes_mut()
     }
 
     /// Its address, to be shared by the tasks of a region.
     pub fn shared<T>(&mut self) -> Shared<T> {
-        Shared(self.ptr())
+        Shared { ptr: self.ptr(), len: self.len / size_of::<T>() }
     }
 }
 
 /// The address of a scratch buffer that the tasks of a region share.
 #[derive(Clone, Copy)]
-pub(crate) struct Shared<T>(*mut T);
+pub(crate) struct Shared<T> {
+    ptr: *mut T,
+    len: usize,
+}
 
 // SAFETY: only an address; each region that shares one states why its accesses are disjoint.
 unsafe impl<T> Send for Shared<T> {}
@@ -52,15 +59,16 @@ unsafe impl<T> Send for Shared<T> {}
 unsafe impl<T> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
-    /// Address of value `i`.
+    /// Address of value `i`, or the end.
     pub fn at(&self, i: usize) -> *mut T {
-        self.0.wrapping_add(i)
+        debug_assert!(i <= self.len, "{i} of {}", self.len);
+        self.ptr.wrapping_add(i)
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let buffer = std::mem::take(&mut self.0);
+        let buffer = std::mem::take(&mut self.buffer);
         // A thread that is being torn down has no list any more: then the buffer is simply freed.
         let _ = FREE.try_with(|free| {
             if let Ok(mut free) = free.try_borrow_mut() {

@@ -19,9 +19,7 @@ pub(super) fn decode(dtype: DType, panel: &[u8], kc: usize, out: &mut [f32]) -> 
             DType::Q4_0 => q4::<false>(panel, kc, out),
             DType::Q4_1 => q4::<true>(panel, kc, out),
             DType::Q8_0 => q8_0(panel, kc, out),
-            DType::Q5_0 | DType::IQ4_NL | DType::IQ4_XS => return unpacked(dtype, panel, kc, out),
-            DType::Q5_1 | DType::Q4_K | DType::Q5_K | DType::Q6_K => return unpacked(dtype, panel, kc, out),
-            _ => return false,
+            _ => return unpacked(dtype, panel, kc, out),
         }
     }
     true
@@ -29,21 +27,18 @@ pub(super) fn decode(dtype: DType, panel: &[u8], kc: usize, out: &mut [f32]) -> 
 
 /// By way of one code a byte, for formats whose bits lie in several places.
 unsafe fn unpacked(dtype: DType, panel: &[u8], kc: usize, out: &mut [f32]) -> bool {
+    let Some(format) = Format::of(dtype) else { return false };
     let blocks = kc / BLOCK;
-    let (mut codes, mut scales) = (Scratch::of::<u8>(blocks * CODES), Scratch::of::<f32>(3 * blocks * PANEL));
-    // Scales of 16 columns take twice the room; such formats here have no minima.
+    let len = blocks * format.parts * PANEL;
+    let (mut codes, mut scales) = (Scratch::of::<u8>(blocks * CODES), Scratch::of::<f32>(2 * len));
     let d = scales.ptr::<f32>();
-    let to = Panel { codes: codes.ptr(), d, m: d.wrapping_add(2 * blocks * PANEL) };
-    let (offset, min, halves) = match Format::of(dtype) {
-        Some(format) => (format.offset, format.min, false),
-        None => (32, false, true), // Q6_K
-    };
+    let to = Panel { codes: codes.ptr(), d, m: d.wrapping_add(len) };
     // SAFETY: the buffers have room for `blocks` blocks; the rest is the caller's promise.
     unsafe {
         let known = unpack_x86::unpack(dtype, panel, blocks, &to, false);
-        match min {
-            true => unpack_x86::floats::<true>(&to, blocks, offset, halves, out.as_mut_ptr()),
-            false => unpack_x86::floats::<false>(&to, blocks, offset, halves, out.as_mut_ptr()),
+        match format.min {
+            true => unpack_x86::floats::<true>(&to, blocks, format, out.as_mut_ptr()),
+            false => unpack_x86::floats::<false>(&to, blocks, format, out.as_mut_ptr()),
         }
         known
     }

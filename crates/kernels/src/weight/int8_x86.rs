@@ -2,23 +2,31 @@
 //!
 //! VNNI multiplies unsigned codes with signed activations and sums four products in 32 bits. AVX2's `maddubs` sums
 //! two in 16 bits: codes up to 15 can be summed over a whole block there (8 x 2 x 15 x 127 = 30,480), codes up to
-//! 31 over half of one; 8-bit codes go in with their magnitude, the sign moved to the activation
+//! 31 over half of one, codes up to 63 over a quarter; 8-bit codes go in with their magnitude, the sign moved to the activation
 //! (2 x 128 x 127 = 32,512), and are widened at once.
 
-use super::int8::{Acts, Args, BLOCK, CODES, Format, MAX_STRIP, Single, Tile, Tiles, scale};
-use crate::matmul::scratch::Shared;
+use super::int8::{Acts, Args, BLOCK, Format, MAX_STRIP, Single, Sums, Tile, Tiles, scale};
 use crate::matmul::tile::PANEL;
 use crate::{Cpu, Simd};
 use sparsam_dtype::DType;
+use sparsam_dtype::codec::IQ4_VALUES;
 use std::arch::x86_64::*;
 
 /// The tiles for `cpu`; `None` if it has neither instruction set.
 pub(super) fn tiles(cpu: Cpu, dtype: DType, format: Format) -> Option<Tiles> {
     if cpu.vnni {
-        let table = if format.min { vnni_table::<true>() } else { vnni_table::<false>() };
+        let table = match (format.min, format.parts) {
+            (false, 1) => vnni_table::<false, 1>(),
+            (true, 1) => vnni_table::<true, 1>(),
+            (false, _) => vnni_table::<false, 2>(),
+            (true, _) => vnni_table::<true, 2>(),
+        };
         let single: Option<Single> = match dtype {
-            DType::Q4_0 => Some(vnni_q4::<false>),
-            DType::Q4_1 => Some(vnni_q4::<true>),
+            DType::Q4_0 => Some(vnni_nibbles::<Q4_0>),
+            DType::Q4_1 => Some(vnni_nibbles::<Q4_1>),
+            DType::Q5_0 => Some(vnni_nibbles::<Q5_0>),
+            DType::Q5_1 => Some(vnni_nibbles::<Q5_1>),
+            DType::IQ4_NL => Some(vnni_nibbles::<IQ4_NL>),
             DType::Q8_0 => Some(vnni_q8),
             _ => None,
         };
@@ -27,14 +35,17 @@ pub(super) fn tiles(cpu: Cpu, dtype: DType, format: Format) -> Option<Tiles> {
     if cpu.simd < Simd::Avx2 {
         return None;
     }
-    let signed = format.max > 31;
-    let one = match (format.max, format.min) {
-        (15, false) => avx2_table::<8, false>(),
-        (15, true) => avx2_table::<8, true>(),
-        (31, false) => avx2_table::<4, false>(),
-        (31, true) => avx2_table::<4, true>(),
-        (_, false) => avx2_table::<1, false>(),
-        (_, true) => avx2_table::<1, true>(),
+    let signed = format.max > 63;
+    let one = match (format.max, format.min, format.parts) {
+        (..=15, false, 1) => avx2_table::<8, false, 1>(),
+        (..=15, true, 1) => avx2_table::<8, true, 1>(),
+        (..=31, false, 1) => avx2_table::<4, false, 1>(),
+        (..=31, true, 1) => avx2_table::<4, true, 1>(),
+        (_, false, 1) => avx2_table::<1, false, 1>(),
+        (..=31, false, _) => avx2_table::<4, false, 2>(),
+        (..=31, true, _) => avx2_table::<4, true, 2>(),
+        (..=63, false, _) => avx2_table::<2, false, 2>(),
+        _ => unreachable!("no such format: {format:?}"),
     };
     let single: Option<Single> = match dtype {
         DType::Q4_0 => Some(avx2_q4::<false>),
@@ -45,35 +56,35 @@ pub(super) fn tiles(cpu: Cpu, dtype: DType, format: Format) -> Option<Tiles> {
     Some(Tiles { strip: 4, panels: 1, signed, table: [one; 2], single })
 }
 
-fn vnni_table<const MIN: bool>() -> [[Tile; MAX_STRIP]; 2] {
+fn vnni_table<const MIN: bool, const PARTS: usize>() -> [[Tile; MAX_STRIP]; 2] {
     [
         [
-            vnni::<1, 1, MIN>,
-            vnni::<2, 1, MIN>,
-            vnni::<3, 1, MIN>,
-            vnni::<4, 1, MIN>,
-            vnni::<5, 1, MIN>,
-            vnni::<6, 1, MIN>,
+            vnni::<1, 1, MIN, PARTS>,
+            vnni::<2, 1, MIN, PARTS>,
+            vnni::<3, 1, MIN, PARTS>,
+            vnni::<4, 1, MIN, PARTS>,
+            vnni::<5, 1, MIN, PARTS>,
+            vnni::<6, 1, MIN, PARTS>,
         ],
         [
-            vnni::<1, 2, MIN>,
-            vnni::<2, 2, MIN>,
-            vnni::<3, 2, MIN>,
-            vnni::<4, 2, MIN>,
-            vnni::<5, 2, MIN>,
-            vnni::<6, 2, MIN>,
+            vnni::<1, 2, MIN, PARTS>,
+            vnni::<2, 2, MIN, PARTS>,
+            vnni::<3, 2, MIN, PARTS>,
+            vnni::<4, 2, MIN, PARTS>,
+            vnni::<5, 2, MIN, PARTS>,
+            vnni::<6, 2, MIN, PARTS>,
         ],
     ]
 }
 
-fn avx2_table<const RUN: usize, const MIN: bool>() -> [Tile; MAX_STRIP] {
+fn avx2_table<const RUN: usize, const MIN: bool, const PARTS: usize>() -> [Tile; MAX_STRIP] {
     [
-        avx2::<1, RUN, MIN>,
-        avx2::<2, RUN, MIN>,
-        avx2::<3, RUN, MIN>,
-        avx2::<4, RUN, MIN>,
-        avx2::<4, RUN, MIN>,
-        avx2::<4, RUN, MIN>,
+        avx2::<1, RUN, MIN, PARTS>,
+        avx2::<2, RUN, MIN, PARTS>,
+        avx2::<3, RUN, MIN, PARTS>,
+        avx2::<4, RUN, MIN, PARTS>,
+        avx2::<4, RUN, MIN, PARTS>,
+        avx2::<4, RUN, MIN, PARTS>,
     ]
 }
 
@@ -93,40 +104,42 @@ unsafe fn quad256(p: *const i8) -> __m256i {
 
 /// `MR` rows times `NP` panels. 6 x 2: 12 sums of each kind, 2 registers of codes and 1 of activations.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni<const MR: usize, const NP: usize, const MIN: bool>(t: &Args) {
+unsafe fn vnni<const MR: usize, const NP: usize, const MIN: bool, const PARTS: usize>(t: &Args) {
     let blocks = t.acts.blocks;
+    let row = blocks * PARTS;
+    let quads = BLOCK / 4 / PARTS;
     let mut acc = [[_mm512_setzero_ps(); NP]; MR];
-    for b in 0..blocks {
-        let at = t.row * blocks + b;
+    for part in 0..blocks * PARTS {
+        let at = t.row * row + part;
         // SAFETY: the caller's promise: `MR` rows of activations, `NP` panels, `blocks` blocks of both.
         unsafe {
             let mut sum = [[_mm512_setzero_si512(); NP]; MR];
             for i in 0..MR {
-                sum[i] = [_mm512_set1_epi32(*t.start.at(at + i * blocks)); NP];
+                sum[i] = [_mm512_set1_epi32(*t.sums.start.at(at + i * row)); NP];
             }
-            for quad in 0..BLOCK / 4 {
+            for quad in 0..quads {
                 let mut w = [_mm512_setzero_si512(); NP];
                 for j in 0..NP {
-                    w[j] = _mm512_loadu_si512(t.panels[j].codes.add(b * CODES + quad * 64).cast());
+                    w[j] = _mm512_loadu_si512(t.panels[j].codes.add((part * quads + quad) * 64).cast());
                 }
                 for i in 0..MR {
-                    let q = quad512(t.acts.codes.at((at + i * blocks) * BLOCK + quad * 4));
+                    let q = quad512(t.acts.codes.at(((at + i * row) * quads + quad) * 4));
                     for j in 0..NP {
                         sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], w[j], q);
                     }
                 }
             }
             for i in 0..MR {
-                let d = _mm512_set1_ps(*t.acts.d.at(at + i * blocks));
+                let d = _mm512_set1_ps(*t.acts.d.at((at + i * row) / PARTS));
                 for j in 0..NP {
-                    let dw = _mm512_loadu_ps(t.panels[j].d.add(b * PANEL));
+                    let dw = _mm512_loadu_ps(t.panels[j].d.add(part * PANEL));
                     acc[i][j] =
                         _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][j]), d), dw, acc[i][j]);
                 }
                 if MIN {
-                    let s = _mm512_set1_ps(*t.acts.scaled.at(at + i * blocks));
+                    let s = _mm512_set1_ps(*t.sums.scaled.at(at + i * row));
                     for j in 0..NP {
-                        let mw = _mm512_loadu_ps(t.panels[j].m.add(b * PANEL));
+                        let mw = _mm512_loadu_ps(t.panels[j].m.add(part * PANEL));
                         acc[i][j] = _mm512_fmadd_ps(s, mw, acc[i][j]);
                     }
                 }
@@ -148,30 +161,58 @@ unsafe fn halves512(p: *const u8) -> __m512 {
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
 }
 
-/// One row times a panel of Q4_0 or (with `MIN`) Q4_1.
+// What [`vnni_nibbles`] reads.
+const Q4_0: u8 = 0;
+const Q4_1: u8 = 1;
+const Q5_0: u8 = 2;
+const Q5_1: u8 = 3;
+const IQ4_NL: u8 = 4;
+
+/// One row times a panel of a format whose blocks are a head and 16 bytes of nibbles a row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni_q4<const MIN: bool>(acts: &Acts, start: Shared<i32>, panel: &[u8], out: *mut f32) {
-    let head = if MIN { 64 } else { 32 };
-    let nibble = _mm512_set1_epi8(15);
+unsafe fn vnni_nibbles<const KIND: u8>(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
+    let (min, fifths) = (matches!(KIND, Q4_1 | Q5_1), matches!(KIND, Q5_0 | Q5_1));
+    let scales = if min { 64 } else { 32 };
+    let head = if fifths { scales + 64 } else { scales };
+    let (nibble, sixteen) = (_mm512_set1_epi8(15), _mm512_set1_epi8(16));
+    // Byte 0 of each row's 32 fifth bits in the four bytes of its lane, and the bits of four columns.
+    let lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    let bits = [_mm512_set1_epi32(0x0804_0201), _mm512_set1_epi32(0x8040_2010u32 as i32)];
+    // SAFETY: 16 bytes.
+    let values = unsafe { _mm_loadu_si128(IQ4_VALUES.as_ptr().cast()) };
+    let table = _mm512_broadcast_i32x4(_mm_xor_si128(values, _mm_set1_epi8(-128)));
     let mut acc = _mm512_setzero_ps();
     for b in 0..acts.blocks {
         // SAFETY: the caller's promise: a block takes `head + 256` bytes of the panel.
         unsafe {
             let p = panel.as_ptr().add(b * (head + 256));
             let q = acts.codes.at(b * BLOCK).cast_const();
-            let mut low = _mm512_set1_epi32(*start.at(b));
+            let mut low = _mm512_set1_epi32(*sums.start.at(b));
             let mut high = _mm512_setzero_si512();
+            let fifth = if fifths { _mm512_loadu_si512(p.add(scales).cast()) } else { low };
             for quad in 0..4 {
                 let v = _mm512_loadu_si512(p.add(head + quad * 64).cast());
-                low = _mm512_dpbusd_epi32(low, _mm512_and_si512(v, nibble), quad512(q.add(quad * 4)));
-                let v = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-                high = _mm512_dpbusd_epi32(high, v, quad512(q.add(16 + quad * 4)));
+                let mut lo = _mm512_and_si512(v, nibble);
+                let mut hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+                if fifths {
+                    let with = |v, byte: usize| {
+                        let index = _mm512_add_epi8(lanes, _mm512_set1_epi8(byte as i8));
+                        let set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(fifth, index), bits[quad % 2]);
+                        _mm512_mask_add_epi8(v, set, v, sixteen)
+                    };
+                    (lo, hi) = (with(lo, quad / 2), with(hi, 2 + quad / 2));
+                }
+                if KIND == IQ4_NL {
+                    (lo, hi) = (_mm512_shuffle_epi8(table, lo), _mm512_shuffle_epi8(table, hi));
+                }
+                low = _mm512_dpbusd_epi32(low, lo, quad512(q.add(quad * 4)));
+                high = _mm512_dpbusd_epi32(high, hi, quad512(q.add(16 + quad * 4)));
             }
             let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(low, high));
             let d = _mm512_set1_ps(*acts.d.at(b));
             acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), halves512(p), acc);
-            if MIN {
-                acc = _mm512_fmadd_ps(_mm512_set1_ps(*acts.scaled.at(b)), halves512(p.add(32)), acc);
+            if min {
+                acc = _mm512_fmadd_ps(_mm512_set1_ps(*sums.scaled.at(b)), halves512(p.add(32)), acc);
             }
         }
     }
@@ -181,7 +222,7 @@ unsafe fn vnni_q4<const MIN: bool>(acts: &Acts, start: Shared<i32>, panel: &[u8]
 
 /// One row times a panel of Q8_0.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni_q8(acts: &Acts, start: Shared<i32>, panel: &[u8], out: *mut f32) {
+unsafe fn vnni_q8(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
     let flip = _mm512_set1_epi8(-128);
     let mut acc = _mm512_setzero_ps();
     for b in 0..acts.blocks {
@@ -189,12 +230,12 @@ unsafe fn vnni_q8(acts: &Acts, start: Shared<i32>, panel: &[u8], out: *mut f32) 
         unsafe {
             let p = panel.as_ptr().add(b * 544);
             let q = acts.codes.at(b * BLOCK).cast_const();
-            let mut sums = [_mm512_set1_epi32(*start.at(b)), _mm512_setzero_si512()];
+            let mut parts = [_mm512_set1_epi32(*sums.start.at(b)), _mm512_setzero_si512()];
             for quad in 0..8 {
                 let v = _mm512_xor_si512(_mm512_loadu_si512(p.add(32 + quad * 64).cast()), flip);
-                sums[quad % 2] = _mm512_dpbusd_epi32(sums[quad % 2], v, quad512(q.add(quad * 4)));
+                parts[quad % 2] = _mm512_dpbusd_epi32(parts[quad % 2], v, quad512(q.add(quad * 4)));
             }
-            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
+            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(parts[0], parts[1]));
             let d = _mm512_set1_ps(*acts.d.at(b));
             acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), halves512(p), acc);
         }
@@ -205,26 +246,29 @@ unsafe fn vnni_q8(acts: &Acts, start: Shared<i32>, panel: &[u8], out: *mut f32) 
 
 /// `MR` rows times one panel; `RUN` products are summed in 16 bits before they are widened (1: signed codes).
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2<const MR: usize, const RUN: usize, const MIN: bool>(t: &Args) {
+unsafe fn avx2<const MR: usize, const RUN: usize, const MIN: bool, const PARTS: usize>(t: &Args) {
     let blocks = t.acts.blocks;
+    let row = blocks * PARTS;
+    let quads = BLOCK / 4 / PARTS;
     let ones = _mm256_set1_epi16(1);
     let panel = &t.panels[0];
     let mut acc = [[_mm256_setzero_ps(); 2]; MR];
-    for b in 0..blocks {
-        let at = t.row * blocks + b;
+    for part in 0..blocks * PARTS {
+        let at = t.row * row + part;
         // SAFETY: the caller's promise: `MR` rows of activations, one panel, `blocks` blocks of both.
         unsafe {
             let mut sum = [[_mm256_setzero_si256(); 2]; MR];
             for i in 0..MR {
-                sum[i] = [_mm256_set1_epi32(*t.start.at(at + i * blocks)); 2];
+                sum[i] = [_mm256_set1_epi32(*t.sums.start.at(at + i * row)); 2];
             }
-            for run in (0..BLOCK / 4).step_by(RUN) {
+            for run in (0..quads).step_by(RUN) {
                 let mut short = [[_mm256_setzero_si256(); 2]; MR];
                 for quad in run..run + RUN {
                     for j in 0..2 {
-                        let w = _mm256_loadu_si256(panel.codes.add(b * CODES + quad * 64 + j * 32).cast());
+                        let w = panel.codes.add((part * quads + quad) * 64 + j * 32);
+                        let w = _mm256_loadu_si256(w.cast());
                         for i in 0..MR {
-                            let q = quad256(t.acts.codes.at((at + i * blocks) * BLOCK + quad * 4));
+                            let q = quad256(t.acts.codes.at(((at + i * row) * quads + quad) * 4));
                             short[i][j] = if RUN == 1 {
                                 _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w))
                             } else {
@@ -240,14 +284,14 @@ unsafe fn avx2<const MR: usize, const RUN: usize, const MIN: bool>(t: &Args) {
                 }
             }
             for i in 0..MR {
-                let d = _mm256_set1_ps(*t.acts.d.at(at + i * blocks));
+                let d = _mm256_set1_ps(*t.acts.d.at((at + i * row) / PARTS));
                 for j in 0..2 {
-                    let dw = _mm256_loadu_ps(panel.d.add(b * PANEL + j * 8));
+                    let dw = _mm256_loadu_ps(panel.d.add(part * PANEL + j * 8));
                     acc[i][j] =
                         _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[i][j]), d), dw, acc[i][j]);
                     if MIN {
-                        let s = _mm256_set1_ps(*t.acts.scaled.at(at + i * blocks));
-                        let mw = _mm256_loadu_ps(panel.m.add(b * PANEL + j * 8));
+                        let s = _mm256_set1_ps(*t.sums.scaled.at(at + i * row));
+                        let mw = _mm256_loadu_ps(panel.m.add(part * PANEL + j * 8));
                         acc[i][j] = _mm256_fmadd_ps(s, mw, acc[i][j]);
                     }
                 }
@@ -271,19 +315,19 @@ unsafe fn halves256(p: *const u8) -> __m256 {
 
 /// Adds a block to 8 results: `sum` of 16-bit pairs, the row's starting value, scales and minima at `p`.
 macro_rules! finish256 {
-    ($acc:expr, $wide:expr, $acts:expr, $start:expr, $b:expr, $p:expr, $min:expr) => {{
-        let sum = _mm256_add_epi32($wide, _mm256_set1_epi32(*$start.at($b)));
+    ($acc:expr, $wide:expr, $acts:expr, $sums:expr, $b:expr, $p:expr, $min:expr) => {{
+        let sum = _mm256_add_epi32($wide, _mm256_set1_epi32(*$sums.start.at($b)));
         let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(*$acts.d.at($b)));
         $acc = _mm256_fmadd_ps(scaled, halves256($p), $acc);
         if $min {
-            $acc = _mm256_fmadd_ps(_mm256_set1_ps(*$acts.scaled.at($b)), halves256($p.add(32)), $acc);
+            $acc = _mm256_fmadd_ps(_mm256_set1_ps(*$sums.scaled.at($b)), halves256($p.add(32)), $acc);
         }
     }};
 }
 
 /// One row times a panel of Q4_0 or (with `MIN`) Q4_1.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2_q4<const MIN: bool>(acts: &Acts, start: Shared<i32>, panel: &[u8], out: *mut f32) {
+unsafe fn avx2_q4<const MIN: bool>(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
     let head = if MIN { 64 } else { 32 };
     let (nibble, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
     let mut acc = [_mm256_setzero_ps(); 2];
@@ -305,7 +349,7 @@ unsafe fn avx2_q4<const MIN: bool>(acts: &Acts, start: Shared<i32>, panel: &[u8]
             }
             for j in 0..2 {
                 let wide = _mm256_madd_epi16(short[j], ones);
-                finish256!(acc[j], wide, acts, start, b, p.add(j * 16), MIN);
+                finish256!(acc[j], wide, acts, sums, b, p.add(j * 16), MIN);
             }
         }
     }
@@ -318,7 +362,7 @@ unsafe fn avx2_q4<const MIN: bool>(acts: &Acts, start: Shared<i32>, panel: &[u8]
 
 /// One row times a panel of Q8_0.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2_q8(acts: &Acts, start: Shared<i32>, panel: &[u8], out: *mut f32) {
+unsafe fn avx2_q8(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
     let ones = _mm256_set1_epi16(1);
     let mut acc = [_mm256_setzero_ps(); 2];
     for b in 0..acts.blocks {
@@ -336,7 +380,7 @@ unsafe fn avx2_q8(acts: &Acts, start: Shared<i32>, panel: &[u8], out: *mut f32) 
                 }
             }
             for j in 0..2 {
-                finish256!(acc[j], wide[j], acts, start, b, p.add(j * 16), false);
+                finish256!(acc[j], wide[j], acts, sums, b, p.add(j * 16), false);
             }
         }
     }
@@ -378,17 +422,18 @@ pub(super) unsafe fn quantize(x: &[f32], acts: &Acts, row: usize) {
                     q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], _mm256_set1_ps(inverse)));
                 }
             }
-            let sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
-            let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-            let sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b01_00_11_10));
-            let sum = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b10_11_00_01)));
+            for half in 0..2 {
+                let sum = _mm256_add_epi32(q[2 * half], q[2 * half + 1]);
+                let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b01_00_11_10));
+                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b10_11_00_01));
+                *acts.sums.at(2 * at + half) = _mm_cvtsi128_si32(sum);
+            }
             // Packing works within halves of registers; the permutation puts the quads back in order.
             let words = [_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3])];
             let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words[0], words[1]), order);
             _mm256_storeu_si256(acts.codes.at(at * BLOCK).cast(), bytes);
             *acts.d.at(at) = d;
-            *acts.sums.at(at) = sum;
-            *acts.scaled.at(at) = sum as f32 * d;
         }
     }
 }

@@ -32,12 +32,15 @@ pub(super) unsafe fn unpack(cpu: Cpu, dtype: DType, panel: &[u8], blocks: usize,
             panel::row_bytes(dtype, &panel[g * bytes..], r, row);
             for i in 0..len {
                 let b = g * len + i;
-                let (d, m) = scales(dtype, row, i);
                 // SAFETY: block `b` of the caller's `blocks`.
                 unsafe {
-                    *out.d.add(b * PANEL + r) = d;
-                    if format.min {
-                        *out.m.add(b * PANEL + r) = m;
+                    for part in 0..format.parts {
+                        let (d, m) = scales(dtype, row, i * format.parts + part);
+                        let at = (b * format.parts + part) * PANEL + r;
+                        *out.d.add(at) = d;
+                        if format.min {
+                            *out.m.add(at) = m;
+                        }
                     }
                     for k in 0..BLOCK {
                         let at = b * CODES + (k / 4 * PANEL + r) * 4 + k % 4;
@@ -53,7 +56,7 @@ fn half(bytes: &[u8]) -> f32 {
     f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
 }
 
-/// Scale and minimum (what is added) of part `i` of 32 columns of one row's block.
+/// Scale and minimum (what is added) of part `i` of one row's block: 32 columns, or 16 where scales are for these.
 fn scales(dtype: DType, block: &[u8], i: usize) -> (f32, f32) {
     match dtype {
         DType::Q4_1 | DType::Q5_1 => (half(block), half(&block[2..])),
@@ -61,6 +64,16 @@ fn scales(dtype: DType, block: &[u8], i: usize) -> (f32, f32) {
             let (scale, min) = six_bits(&block[4..16], i);
             (half(block) * scale as f32, -(half(&block[2..]) * min as f32))
         }
+        DType::Q2_K => {
+            (half(&block[80..]) * (block[i] & 15) as f32, -(half(&block[82..]) * (block[i] >> 4) as f32))
+        }
+        DType::Q3_K => {
+            let s = &block[96..108];
+            let low = if i < 8 { s[i] & 15 } else { s[i - 8] >> 4 };
+            let top = s[8 + i % 4] >> (2 * (i / 4)) & 3;
+            (half(&block[108..]) * ((low | top << 4) as f32 - 32.0), 0.0)
+        }
+        DType::Q6_K => (half(&block[208..]) * block[192 + i] as i8 as f32, 0.0),
         DType::IQ4_XS => {
             let top = u16::from_le_bytes([block[2], block[3]]) >> (2 * i) & 3;
             let low = block[4 + i / 2] >> (4 * (i % 2)) & 15;
@@ -92,6 +105,18 @@ fn code(dtype: DType, block: &[u8], k: usize) -> u8 {
         DType::Q5_0 => nibble(&block[6..]) | bit(&block[2..]),
         DType::Q5_1 => nibble(&block[8..]) | bit(&block[4..]),
         DType::Q8_0 => block[2 + k] ^ 0x80,
+        // 32 bytes hold two bits of four times 32 columns each.
+        DType::Q2_K => block[16 + k / 128 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3,
+        DType::Q3_K => {
+            let two = block[32 + k / 128 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3;
+            two | (block[k % 32] >> (k / 32) & 1) << 2
+        }
+        DType::Q6_K => {
+            let (n, part) = (k / 128, k / 32 % 4);
+            let byte = block[n * 64 + part % 2 * 32 + k % 32];
+            let four = if part < 2 { byte & 15 } else { byte >> 4 };
+            four | (block[128 + n * 32 + k % 32] >> (2 * part) & 3) << 4
+        }
         DType::IQ4_XS => {
             let qs = &block[8 + k / 32 * 16..][..16];
             let four = if k % 32 < 16 { qs[k % 16] & 15 } else { qs[k % 16] >> 4 };

@@ -2,7 +2,7 @@
 //!
 //! Offsets below count bytes of a block of 16 rows, field after field as [`super::panel::fields`] lists them.
 
-use super::int8::{BLOCK, CODES, Panel};
+use super::int8::{BLOCK, CODES, Format, Panel};
 use crate::matmul::tile::PANEL;
 use sparsam_dtype::DType;
 use sparsam_dtype::codec::IQ4_VALUES;
@@ -25,6 +25,8 @@ pub(super) unsafe fn unpack(dtype: DType, panel: &[u8], blocks: usize, out: &Pan
             DType::Q8_0 => q8_0(p, blocks, out, signed),
             DType::Q4_K => q45_k::<false>(p, blocks, out),
             DType::Q5_K => q45_k::<true>(p, blocks, out),
+            DType::Q2_K => q2_k(p, blocks, out),
+            DType::Q3_K => q3_k(p, blocks, out),
             DType::Q6_K => q6_k(p, blocks, out),
             DType::IQ4_XS => iq4_xs(p, blocks, out, signed),
             _ => return false,
@@ -254,6 +256,85 @@ unsafe fn q6_k(panel: *const u8, blocks: usize, out: &Panel) {
     }
 }
 
+/// Scale or minimum `i` of 16, a byte a row at `p`, as 8 f32.
+#[target_feature(enable = "avx2")]
+unsafe fn bytes(p: *const u8, i: usize, half: usize) -> __m256i {
+    // SAFETY: the caller's promise: 16 times 16 bytes.
+    _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(p.add(i * 16 + half * 8).cast()) })
+}
+
+/// Q2_K: 16 bytes of scale (low) and minimum (256), two bits (1024), scale and minimum of these (64).
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn q2_k(panel: *const u8, blocks: usize, out: &Panel) {
+    for g in 0..blocks / 8 {
+        // SAFETY: the caller's promise: a block takes 1344 bytes and makes 8 of 32 columns, 16 of 16.
+        unsafe {
+            let p = panel.add(g * 1344);
+            for half in 0..2 {
+                let (d, m) = (halves(p.add(1280 + half * 16)), halves(p.add(1312 + half * 16)));
+                for i in 0..16 {
+                    let at = (g * 16 + i) * PANEL + half * 8;
+                    let v = bytes(p, i, half);
+                    _mm256_storeu_ps(out.d.add(at), _mm256_mul_ps(d, _mm256_cvtepi32_ps(bits(v, 0, 15))));
+                    let m = _mm256_mul_ps(m, _mm256_cvtepi32_ps(bits(v, 4, 15)));
+                    _mm256_storeu_ps(out.m.add(at), _mm256_xor_ps(m, _mm256_set1_ps(-0.0)));
+                }
+                for unit in 0..16 {
+                    let v = load(p.add(256 + unit * 64 + half * 32));
+                    for (i, code) in two_bits(v).into_iter().enumerate() {
+                        put(out, g * 8 + unit / 8 * 4 + i, unit % 8, half, code);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The four codes of two bits in each byte.
+#[target_feature(enable = "avx2")]
+fn two_bits(v: __m256i) -> [__m256i; 4] {
+    let three = _mm256_set1_epi8(3);
+    [
+        _mm256_and_si256(v, three),
+        _mm256_and_si256(_mm256_srli_epi16(v, 2), three),
+        _mm256_and_si256(_mm256_srli_epi16(v, 4), three),
+        _mm256_and_si256(_mm256_srli_epi16(v, 6), three),
+    ]
+}
+
+/// Q3_K: third bits (512), two bits (1024), 12 bytes of scales (192), their scale (32).
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn q3_k(panel: *const u8, blocks: usize, out: &Panel) {
+    for g in 0..blocks / 8 {
+        // SAFETY: the caller's promise: a block takes 1760 bytes and makes 8 of 32 columns, 16 of 16.
+        unsafe {
+            let p = panel.add(g * 1760);
+            for half in 0..2 {
+                let d = halves(p.add(1728 + half * 16));
+                let word = |i: usize| load(p.add(1536 + i * 64 + half * 32));
+                let words = [word(0), word(1), word(2)];
+                for i in 0..16 {
+                    let low = bits(words[i % 8 / 4], i % 4 * 8 + i / 8 * 4, 15);
+                    let top = _mm256_slli_epi32(bits(words[2], i % 4 * 8 + 2 * (i / 4), 3), 4);
+                    let scale = _mm256_sub_epi32(_mm256_or_si256(low, top), _mm256_set1_epi32(32));
+                    let scale = _mm256_mul_ps(d, _mm256_cvtepi32_ps(scale));
+                    _mm256_storeu_ps(out.d.add((g * 16 + i) * PANEL + half * 8), scale);
+                }
+                for unit in 0..16 {
+                    let v = load(p.add(512 + unit * 64 + half * 32));
+                    let thirds = load(p.add(unit % 8 * 64 + half * 32));
+                    for (i, code) in two_bits(v).into_iter().enumerate() {
+                        let block = unit / 8 * 4 + i;
+                        let bit = fifth(thirds, _mm256_set1_epi8((1u8 << block) as i8));
+                        let code = _mm256_or_si256(code, _mm256_srli_epi16(bit, 2));
+                        put(out, g * 8 + block, unit % 8, half, code);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// IQ4_XS: scales (32), two high bits of 8 scales (32), four low bits (64), codes (2048).
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn iq4_xs(panel: *const u8, blocks: usize, out: &Panel, signed: bool) {
@@ -282,20 +363,13 @@ unsafe fn iq4_xs(panel: *const u8, blocks: usize, out: &Panel, signed: bool) {
     }
 }
 
-/// Unpacked codes to f32 `[column][16]`: `(code - offset) * d`, plus the minimum with `MIN`; `halves` says that
-/// scales are for 16 columns.
+/// Unpacked codes to f32 `[column][16]`: `(code - offset) * d`, plus the minimum with `MIN`.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn floats<const MIN: bool>(
-    panel: &Panel,
-    blocks: usize,
-    offset: i32,
-    halves: bool,
-    out: *mut f32,
-) {
-    let (byte, offset) = (_mm256_set1_epi32(255), _mm256_set1_epi32(offset));
+pub(super) unsafe fn floats<const MIN: bool>(panel: &Panel, blocks: usize, format: Format, out: *mut f32) {
+    let (byte, offset) = (_mm256_set1_epi32(255), _mm256_set1_epi32(format.offset));
     for b in 0..blocks {
         for quad in 0..8 {
-            let scale = if halves { b * 2 + quad / 4 } else { b };
+            let scale = b * format.parts + quad * format.parts / 8;
             for half in 0..2 {
                 // SAFETY: the caller's promise: `blocks` blocks on both sides.
                 unsafe {
