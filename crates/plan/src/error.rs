@@ -38,6 +38,14 @@ pub enum Error {
     /// A list of runs that cannot be fitted.
     #[error("runs: {0}")]
     Runs(String),
+    /// A receipt that cannot be read.
+    #[error("receipt {place}: {why}")]
+    Receipt {
+        /// Which file.
+        place: String,
+        /// What is wrong and what to do.
+        why: String,
+    },
     /// A question without an answer: a loss below the irreducible one, a model that fits nowhere.
     #[error("{0}")]
     Impossible(String),

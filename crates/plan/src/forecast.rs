@@ -1,4 +1,4 @@
-//! What a command will take, before it runs; what it took, after; and the bill of a whole family of runs.
+//! What a command will take, before it runs, and what it took, after.
 //!
 //! A [`Machine`] is what a short probe (or a table) says of a machine; a [`Forecast`] is memory by kind, time with an
 //! interval, disk, energy and money; [`Forecast::against`] sets it beside the facts. Energy is watts times seconds: an
@@ -8,7 +8,7 @@ use crate::hardware::Accelerator;
 use crate::memory::Memory;
 use crate::shape::Shape;
 use crate::{Error, units};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a machine does, as probed or as a table says.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -31,6 +31,37 @@ pub struct Machine {
     pub spread: f64,
 }
 
+/// Watts of a busy core of a computer without an accelerator, with its share of memory and board: 65 W for 16 cores of a
+/// desktop processor (Intel i7-13700, data sheet 2023-01), 360 W for 96 of a server's (AMD EPYC 9654, 2022-11).
+pub const CORE_WATTS: f64 = 4.0;
+/// Dollars for a kilowatt hour of electricity: the mean of households in the USA (EIA, Electric Power Monthly, 2025).
+pub const USD_PER_KWH: f64 = 0.17;
+
+impl Machine {
+    /// A computer of one's own with `cores` cores: watts by [`CORE_WATTS`], money is electricity by [`USD_PER_KWH`].
+    /// `spread` is that of a probe of ten seconds, whose matrix products a whole step reaches in part.
+    pub fn owned(
+        name: &str,
+        cores: f64,
+        flops: f64,
+        bandwidth: f64,
+        memory_bytes: f64,
+        disk_bytes: f64,
+    ) -> Machine {
+        let watts = cores * CORE_WATTS;
+        Machine {
+            name: name.to_string(),
+            flops,
+            bandwidth,
+            memory_bytes,
+            disk_bytes,
+            watts,
+            usd_per_hour: watts / 1000.0 * USD_PER_KWH,
+            spread: 0.4,
+        }
+    }
+}
+
 impl From<&Accelerator> for Machine {
     fn from(a: &Accelerator) -> Machine {
         Machine {
@@ -47,7 +78,7 @@ impl From<&Accelerator> for Machine {
 }
 
 /// A value that lies between two others.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// At least.
     pub low: f64,
@@ -75,7 +106,7 @@ impl Interval {
 }
 
 /// What a command will take.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Forecast {
     /// Of what: `train`, `finetune`.
     pub what: String,
@@ -92,7 +123,8 @@ pub struct Forecast {
 }
 
 /// What a command took. What was not measured is `None`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Fact {
     /// Peak memory.
     pub memory_bytes: Option<f64>,
@@ -100,12 +132,18 @@ pub struct Fact {
     pub seconds: Option<f64>,
     /// Bytes on disk.
     pub disk_bytes: Option<f64>,
+    /// Energy, an estimate: seconds times the machine's watts, unless a meter was read.
+    pub joules: Option<f64>,
+    /// Money.
+    pub usd: Option<f64>,
+    /// Tokens worked on: trained on, generated, or calibrated with.
+    pub tokens: Option<f64>,
 }
 
 /// One row of forecast against fact.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Comparison {
-    /// `memory`, `seconds`, `disk`.
+    /// `memory`, `time`, `disk`, `energy`, `money`.
     pub what: &'static str,
     /// As forecast.
     pub forecast: f64,
@@ -113,6 +151,18 @@ pub struct Comparison {
     pub fact: f64,
     /// Whether the fact lay in the forecast's interval (for memory and disk: not above it).
     pub held: bool,
+}
+
+impl Comparison {
+    /// A value of this row for people: `2.1 GB`, `3.4 min`.
+    pub fn show(&self, x: f64) -> String {
+        match self.what {
+            "time" => units::show_seconds(x),
+            "energy" => units::show_joules(x),
+            "money" => units::show_usd(x),
+            _ => units::show_bytes(x),
+        }
+    }
 }
 
 impl Forecast {
@@ -166,15 +216,22 @@ impl Forecast {
         let below = |what, forecast: f64, fact: Option<f64>| {
             fact.map(|fact| Comparison { what, forecast, fact, held: fact <= forecast })
         };
-        let time = fact.seconds.map(|s| Comparison {
-            what: "seconds",
-            forecast: self.seconds.value,
-            fact: s,
-            held: self.seconds.contains(s),
-        });
-        let memory = below("memory", self.memory.total(), fact.memory_bytes);
-        let disk = below("disk", self.disk_bytes, fact.disk_bytes);
-        [memory, time, disk].into_iter().flatten().collect()
+        let within = |what, forecast: Interval, fact: Option<f64>| {
+            fact.map(|fact| Comparison {
+                what,
+                forecast: forecast.value,
+                fact,
+                held: forecast.contains(fact),
+            })
+        };
+        let rows = [
+            below("memory", self.memory.total(), fact.memory_bytes),
+            below("disk", self.disk_bytes, fact.disk_bytes),
+            within("time", self.seconds, fact.seconds),
+            within("energy", self.joules, fact.joules),
+            within("money", self.usd, fact.usd),
+        ];
+        rows.into_iter().flatten().collect()
     }
 }
 
@@ -218,44 +275,6 @@ impl Work {
     /// Both, one after the other.
     pub fn then(self, next: Work) -> Work {
         Work { flop: self.flop + next.flop, read_bytes: self.read_bytes + next.read_bytes }
-    }
-}
-
-/// One paid-for step of a model's making: a training run, a rounding, a teacher's answers.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Expense {
-    /// What it was.
-    pub name: String,
-    /// Time.
-    pub seconds: f64,
-    /// Energy.
-    pub joules: f64,
-    /// Money.
-    pub usd: f64,
-}
-
-/// The bill of a whole family, from teacher to served file.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Receipt {
-    /// Its lines.
-    pub expenses: Vec<Expense>,
-}
-
-impl Receipt {
-    /// The sum of all lines.
-    pub fn total(&self) -> Expense {
-        let sum = |f: fn(&Expense) -> f64| self.expenses.iter().map(f).sum();
-        Expense {
-            name: "total".into(),
-            seconds: sum(|e| e.seconds),
-            joules: sum(|e| e.joules),
-            usd: sum(|e| e.usd),
-        }
-    }
-
-    /// Cents for a thousand answers: the making shared among `answers`, and `usd_per_answer` for each.
-    pub fn cents_per_thousand(&self, answers: f64, usd_per_answer: f64) -> f64 {
-        (self.total().usd / answers + usd_per_answer) * 1e5
     }
 }
 
@@ -303,18 +322,16 @@ mod tests {
     fn forecast_against_fact() {
         let work = Work { flop: 1e12, read_bytes: 0.0 };
         let f = Forecast::new("train", &work, Memory { weights: 1e9, ..Memory::default() }, 1e8, &machine());
-        let rows = f.against(&Fact { memory_bytes: Some(2e9), seconds: Some(11.0), disk_bytes: None });
-        assert_eq!(rows.len(), 2);
-        assert!(!rows[0].held && rows[1].held, "{rows:?}");
-    }
-
-    #[test]
-    fn a_receipt_adds_up() {
-        let line = |name: &str, usd| Expense { name: name.into(), seconds: 10.0, joules: 100.0, usd };
-        let receipt = Receipt { expenses: vec![line("teacher", 2.0), line("student", 1.0)] };
-        assert_eq!(receipt.total().usd, 3.0);
-        assert_eq!(receipt.total().joules, 200.0);
-        // 3 dollars over 1000 answers is 0.3 cents each, plus 0.1 cents: 400 cents a thousand.
-        assert!((receipt.cents_per_thousand(1000.0, 0.001) - 400.0).abs() < 1e-9);
+        let rows = f.against(&Fact {
+            memory_bytes: Some(2e9),
+            seconds: Some(11.0),
+            usd: Some(1.0),
+            ..Fact::default()
+        });
+        assert_eq!(
+            rows.iter().map(|r| (r.what, r.held)).collect::<Vec<_>>(),
+            [("memory", false), ("time", true), ("money", false)]
+        );
+        assert_eq!(rows[0].show(rows[0].fact), "2 GB");
     }
 }

@@ -14,7 +14,7 @@
 //! billion parameters, so every answer names the fit that it comes from.
 
 use crate::Error;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// FLOP per parameter and token of a training step: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1).
 pub const TRAIN_FLOP: f64 = 6.0;
@@ -22,7 +22,8 @@ pub const TRAIN_FLOP: f64 = 6.0;
 pub const INFER_FLOP: f64 = 2.0;
 
 /// The constants of `L(N, D) = E + A / N^alpha + B / D^beta`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Law {
     /// Coefficient of the parameters' term.
     pub a: f64,

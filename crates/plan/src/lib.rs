@@ -4,7 +4,7 @@
 //! (serving included), [`text_stock`] (when text must be repeated), [`shape`] (an architecture's parameters and exact
 //! arithmetic), [`hardware`] (what machines do and cost), [`memory`] (what fits where), [`serving`] (what answers
 //! cost), [`fit`] and [`runs`] (laws from one's own runs), [`sweep`] (which runs to make for one), [`forecast`] (what
-//! a command will take, and took). [`report`] renders any of it as text, HTML or plots ([`plot`]).
+//! a command will take, and took), [`receipt`] (what a run leaves behind, and the bill of a family). [`report`] renders any of it as text, HTML or plots ([`plot`]).
 //!
 //! It knows no files, clocks, threads or devices, and no other crate of the workspace: whoever calls it reads the
 //! files and passes numbers. Counts are `f64` in base units (parameters, tokens, FLOP, bytes, seconds, dollars,
@@ -20,6 +20,7 @@ pub mod law;
 pub mod lifetime;
 pub mod memory;
 pub mod plot;
+pub mod receipt;
 pub mod report;
 pub mod runs;
 pub mod serving;

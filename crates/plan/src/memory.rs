@@ -6,10 +6,11 @@
 
 use crate::shape::{Parameters, Shape};
 use crate::{Error, units};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Bytes by what they hold.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Memory {
     /// Weights, adapters included.
     pub weights: f64,

@@ -125,6 +125,29 @@ pub fn hold_back_largest(runs: &[Run], k: usize) -> (Vec<Run>, Vec<Run>) {
     split(runs, &order[..k.min(runs.len())])
 }
 
+/// Runs of about equal arithmetic, for a picture of the law's valley: (the middle of their FLOP, the runs by size).
+///
+/// Runs within 15% of the cheapest one of a group belong to it (figures read off a plot scatter by a few percent);
+/// groups of fewer than three runs show no valley and are left out.
+pub fn profiles(runs: &[Run]) -> Vec<(f64, Vec<Run>)> {
+    let mut sorted = runs.to_vec();
+    sorted.sort_by(|a, b| a.flop().total_cmp(&b.flop()));
+    let mut groups: Vec<Vec<Run>> = Vec::new();
+    for run in sorted {
+        match groups.last_mut() {
+            Some(group) if run.flop() <= 1.15 * group[0].flop() => group.push(run),
+            _ => groups.push(vec![run]),
+        }
+    }
+    groups.retain(|g| g.len() >= 3);
+    let middle = |g: &[Run]| (g.iter().map(|r| r.flop().ln()).sum::<f64>() / g.len() as f64).exp();
+    let by_size = |mut g: Vec<Run>| {
+        g.sort_by(|a, b| a.parameters.total_cmp(&b.parameters));
+        (middle(&g), g)
+    };
+    groups.into_iter().map(by_size).collect()
+}
+
 fn split(runs: &[Run], out: &[usize]) -> (Vec<Run>, Vec<Run>) {
     let kept = (0..runs.len()).filter(|i| !out.contains(i)).map(|i| runs[i]).collect();
     (kept, out.iter().map(|i| runs[*i]).collect())
@@ -139,6 +162,16 @@ mod tests {
         let runs =
             from_csv("loss,\"name\",training_flop,parameters\n3.5,\"a, \"\"b\"\"\",6e12,1e3\r\n\n").unwrap();
         assert_eq!(runs, [Run { parameters: 1e3, tokens: 1e9, loss: 3.5 }]);
+    }
+
+    #[test]
+    fn runs_of_equal_arithmetic_form_profiles() {
+        let run = |parameters: f64, flop: f64| Run { parameters, tokens: flop / 6.0 / parameters, loss: 3.0 };
+        let runs = [run(4e6, 1.04e18), run(1e6, 1e18), run(2e6, 1.1e18), run(3e6, 3e18), run(5e6, 3.1e18)];
+        let got = profiles(&runs);
+        assert_eq!(got.len(), 1, "two runs at 3e18 are no profile");
+        assert!((got[0].0 / 1.046e18 - 1.0).abs() < 1e-3);
+        assert_eq!(got[0].1.iter().map(|r| r.parameters).collect::<Vec<_>>(), [1e6, 2e6, 4e6]);
     }
 
     #[test]
