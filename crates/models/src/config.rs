@@ -160,6 +160,29 @@ impl<'a> Fields<'a> {
         self.opt_size(key)?.ok_or_else(|| self.error(key, "is missing; the model cannot be built without it"))
     }
 
+    /// A whole number from 0 to [`MAX_SIZE`].
+    pub fn index(&self, key: Key) -> Result<usize, Error> {
+        let found = self.field(
+            key,
+            "a whole number",
+            |v| v.as_u64().and_then(|x| usize::try_from(x).ok()),
+            |m, k| m.opt_usize(k),
+        )?;
+        match found {
+            Some(n) if n <= MAX_SIZE => Ok(n),
+            Some(n) => Err(self.error(key, format!("is {n}, where 0 to {MAX_SIZE} is possible"))),
+            None => Err(self.error(key, "is missing; the model cannot be built without it")),
+        }
+    }
+
+    /// Whether the field is there.
+    pub fn has(&self, key: Key) -> bool {
+        match &self.world {
+            World::Json { .. } => self.json(key).is_some(),
+            World::Gguf { metadata, .. } => metadata.get(&self.name(key)).is_some(),
+        }
+    }
+
     /// A finite number from 0, if the field is there; no field of a model is ever negative.
     pub fn opt_real(&self, key: Key) -> Result<Option<f64>, Error> {
         // A GGUF number is an f32 that was written as a short decimal: 1e-5 becomes 9.9999997e-6. Its shortest decimal
@@ -378,12 +401,17 @@ impl<'a> Fields<'a> {
             World::Json { .. } => {
                 let parameters = self.json(["rope_parameters", ""]);
                 let nested = parameters.and_then(|p| p.get(layer_type)).filter(|p| p.is_object());
-                self.rope_json(nested.or(parameters), context)
+                self.rope_json(nested.or(parameters), heads.head_dim, context)
             }
         }
     }
 
-    fn rope_json(&self, parameters: Option<&'a Value>, context: usize) -> Result<RopeConfig, Error> {
+    fn rope_json(
+        &self,
+        parameters: Option<&'a Value>,
+        head_dim: usize,
+        context: usize,
+    ) -> Result<RopeConfig, Error> {
         let scaling = parameters.or(self.json(["rope_scaling", ""])).and_then(Value::as_object);
         let inner = scaling.map(|object| Fields {
             source: self.source,
@@ -408,6 +436,7 @@ impl<'a> Fields<'a> {
                 high_freq_factor: s.real(["high_freq_factor", ""])?,
                 original_context: original(&s)?,
             },
+            Some("longrope") => Scaling::Factors(s.factors(context, head_dim)?),
             Some("yarn") => {
                 for key in ["mscale", "mscale_all_dim"] {
                     if s.opt_real([key, ""])?.is_some() {
@@ -426,11 +455,42 @@ impl<'a> Fields<'a> {
                 }
             }
             Some(other) => {
-                let known = "default, linear, llama3 and yarn are implemented";
+                let known = "default, linear, llama3, yarn and longrope are implemented";
                 return Err(s.error(["rope_type", ""], format!("is {other:?}; {known}")));
             }
         };
         self.checked(base, scaling)
+    }
+
+    /// LongRoPE's factors (Ding et al. 2024), of which one kind is implemented: the same for short and long texts, and
+    /// no factor on sine and cosine. That is what a GGUF file's `rope_freqs.weight` means.
+    fn factors(&self, context: usize, head_dim: usize) -> Result<Vec<f32>, Error> {
+        let (short, long, attention) = (["short_factor", ""], ["long_factor", ""], ["attention_factor", ""]);
+        let missing = || self.error(long, "is missing or no list");
+        let list = self.json(long).and_then(Value::as_array).ok_or_else(missing)?;
+        let half = head_dim / 2;
+        if list.len() != half {
+            return Err(self.error(long, format!("lists {} factors, heads need {half}", list.len())));
+        }
+        if self.json(short).and_then(Value::as_array) != Some(list) {
+            return Err(self.error(long, "is not short_factor; only equal ones are implemented"));
+        }
+        let original = self.opt_size(["original_max_position_embeddings", ""])?.unwrap_or(context);
+        let factor = self.opt_real(["factor", ""])?.unwrap_or(context as f64 / original as f64);
+        match self.opt_real(attention)? {
+            Some(1.0) => {}
+            None if factor <= 1.0 => {}
+            found => {
+                let found = found.map_or("missing and not 1".into(), |x| x.to_string());
+                return Err(self.error(attention, format!("is {found}; only 1 is implemented")));
+            }
+        }
+        let positive = |v: &Value| {
+            let x = v.as_f64()? as f32;
+            (x.is_finite() && x > 0.0).then_some(x)
+        };
+        let factors: Option<Vec<f32>> = list.iter().map(positive).collect();
+        factors.ok_or_else(|| self.error(long, "holds something that is no positive number"))
     }
 
     fn rope_gguf(&self, heads: &Heads) -> Result<RopeConfig, Error> {

@@ -31,6 +31,9 @@ pub enum Error {
         file.display()
     )]
     ExtraWeights { file: PathBuf, architecture: &'static str, count: usize, first: String },
+    /// A format has no place for something that changes the computation.
+    #[error("{format} cannot hold this model: {key} {problem}; choose another format")]
+    Unrepresentable { format: &'static str, key: String, problem: String },
     /// The file itself.
     #[error(transparent)]
     Formats(#[from] sparsam_formats::Error),

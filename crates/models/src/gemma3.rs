@@ -43,8 +43,16 @@ const HEADS: Heads = Heads { n_heads: 8, n_kv_heads: 4, head_dim: 256 };
 const VOCAB_SIZE: usize = 262_208;
 /// One layer in this many is global (Gemma 3 report, section 2).
 const PATTERN: usize = 6;
-/// Layers of the 27B model, the only one whose scores are not scaled by `head_dim`; GGUF files do not say it.
+/// Layers of the 27B model, the only one whose scores are not scaled by `head_dim`; published GGUF files do not say it.
 const LAYERS_27B: usize = 62;
+
+/// The `query_pre_attn_scalar` of a GGUF file that does not say: `head_dim`, but for the 27B model.
+pub(crate) fn implied_scalar(n_layers: usize, hidden_size: usize, heads: &Heads) -> f64 {
+    match n_layers {
+        LAYERS_27B => hidden_size as f64 / heads.n_heads as f64,
+        _ => heads.head_dim as f64,
+    }
+}
 
 impl Config {
     pub(crate) fn read(f: &Fields) -> Result<Config, Error> {
@@ -65,13 +73,11 @@ impl Config {
             None if f.is_gguf() => RopeConfig { base: 10000.0, scaling: Scaling::None },
             None => f.rope("sliding_attention", &heads, context_length)?,
         };
-        let scalar = match f.opt_real(["query_pre_attn_scalar", ""])? {
-            Some(0.0) => {
-                return Err(f.error(["query_pre_attn_scalar", ""], "is 0; scores are divided by its root"));
-            }
+        let scalar_key = ["query_pre_attn_scalar", "attention.query_pre_attn_scalar"];
+        let scalar = match f.opt_real(scalar_key)? {
+            Some(0.0) => return Err(f.error(scalar_key, "is 0; scores are divided by its root")),
             Some(scalar) => scalar,
-            None if f.is_gguf() && n_layers == LAYERS_27B => hidden_size as f64 / heads.n_heads as f64,
-            None if f.is_gguf() => heads.head_dim as f64,
+            None if f.is_gguf() => implied_scalar(n_layers, hidden_size, &heads),
             None => 256.0, // Gemma3TextConfig
         };
         // 0 is how GGUF files say that there is none.

@@ -10,6 +10,7 @@
 
 mod config;
 mod error;
+mod export;
 pub mod gemma3;
 pub mod gpt2;
 pub mod llama;
@@ -22,5 +23,6 @@ pub mod rope;
 
 pub use config::Heads;
 pub use error::Error;
+pub use export::GgufConfig;
 pub use model::{Architecture, Config, Constant, Facts, Model, Parameter, WeightSpec};
 pub use names::Rule;

@@ -30,13 +30,21 @@ pub struct Config {
     pub tied_head: bool,
 }
 
-/// The window of each layer: off unless `use_sliding_window`, and then on from `max_window_layers` on.
+/// The window of each layer: off unless `use_sliding_window`, and then on from `max_window_layers` on, or in the layers
+/// that a list names. GGUF files of other programs have no windows for Qwen; ours have the list.
 pub(crate) fn windows(f: &Fields, n_layers: usize) -> Result<Vec<Option<usize>>, Error> {
-    if f.flag(["use_sliding_window", ""])? != Some(true) {
+    let key = ["sliding_window", "attention.sliding_window"];
+    let on = if f.is_gguf() {
+        f.opt_size(key)?.is_some()
+    } else {
+        f.flag(["use_sliding_window", ""])? == Some(true)
+    };
+    if !on {
         return Ok(vec![None; n_layers]);
     }
-    let window = f.size(["sliding_window", ""])?;
-    let first = f.size(["max_window_layers", ""])?;
+    let window = f.size(key)?;
+    let listed = f.is_gguf() || f.has(["layer_types", ""]);
+    let first = if listed { n_layers } else { f.index(["max_window_layers", ""])? };
     f.windows(n_layers, Some(window), |layer| layer >= first)
 }
 

@@ -124,7 +124,7 @@ impl Rope {
 }
 
 /// The scaled frequencies in radians per position, (head_dim / 2).
-fn frequencies(head_dim: usize, config: &RopeConfig) -> Vec<f32> {
+pub(crate) fn frequencies(head_dim: usize, config: &RopeConfig) -> Vec<f32> {
     let half = head_dim / 2;
     // Rounded to f32 step by step, as transformers computes them: at position 10,000 an error of one unit in the last
     // place of a frequency is 0.0006 radians, so the two must not differ needlessly.
