@@ -1,1 +1,46 @@
-fn main() {}
+//! `sparsam`: language models cheaper, on the machine that a person has.
+//!
+//! One command is one file: its arguments, and what it prints. Everything that computes lives in the other crates.
+#![forbid(unsafe_code)]
+
+mod info;
+mod model;
+#[allow(dead_code)] // bars and durations are for the commands that come next
+mod text;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Language models cheaper: plan, train, shrink, adapt, teach and run them, on the machine that you have.
+#[derive(Parser)]
+#[command(name = "sparsam", version, max_term_width = 110, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Info(info::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Info(args) => info::run(args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader that went away (`sparsam info M | head -1`) is no failure worth words.
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.chain().any(|e| {
+        e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}

@@ -1,0 +1,65 @@
+//! What `MODEL` may be on the command line.
+
+use anyhow::{Context, bail};
+use std::path::{Path, PathBuf};
+
+/// The file or folder that `name` means: a path, or the name of a repository on the Hugging Face hub that is already
+/// in the local cache (`org/name`, `org/name@revision`).
+///
+/// # Errors
+/// If there is nothing of that name; the message says where it was looked for.
+pub fn resolve(name: &str) -> anyhow::Result<PathBuf> {
+    let path = Path::new(name);
+    if path.exists() {
+        return Ok(path.to_path_buf());
+    }
+    let (repository, revision) = name.split_once('@').unwrap_or((name, "main"));
+    let parts: Vec<&str> = repository.split('/').collect();
+    let plain = |p: &str| !p.is_empty() && p != ".." && !p.contains(['\\', ':']);
+    if parts.len() != 2
+        || !parts.iter().all(|p| plain(p))
+        || name.ends_with(".gguf")
+        || name.ends_with(".safetensors")
+    {
+        bail!(
+            "{name}: no such file or folder; give a GGUF file, a safetensors file or folder, or ORG/NAME of the hub"
+        );
+    }
+    let cache = hub_cache().context("HOME is not set, so there is no cache of models; give a file")?;
+    let folder = cache.join(format!("models--{}", parts.join("--")));
+    let commit = match std::fs::read_to_string(folder.join("refs").join(revision)) {
+        Ok(commit) => commit.trim().to_string(),
+        Err(_) => revision.to_string(),
+    };
+    let snapshot = folder.join("snapshots").join(&commit);
+    if !snapshot.is_dir() {
+        bail!(
+            "{name}: no such file or folder, and {} holds no revision {revision} of that repository; check the name, or fetch it into the cache first",
+            folder.display()
+        );
+    }
+    Ok(snapshot)
+}
+
+/// Where the hub's own tools keep what they fetched.
+fn hub_cache() -> Option<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("HF_HUB_CACHE")
+        .or_else(|| var("HF_HOME").map(|h| h.join("hub")))
+        .or_else(|| var("XDG_CACHE_HOME").map(|c| c.join("huggingface/hub")))
+        .or_else(|| var("HOME").map(|h| h.join(".cache/huggingface/hub")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        for name in ["no-such-file.gguf", "a/b/c", "../x", "org/no-such-model"] {
+            let message = resolve(name).unwrap_err().to_string();
+            assert!(message.starts_with(name), "{message}");
+        }
+        assert_eq!(resolve(env!("CARGO_MANIFEST_DIR")).unwrap(), Path::new(env!("CARGO_MANIFEST_DIR")));
+    }
+}
