@@ -4,6 +4,8 @@
 //! reductions become row programs of one instruction; constants go into the instructions that read them. Each
 //! result has its own place.
 
+mod cross_entropy;
+
 use crate::program::{Instr, Kernel, Operand, Place, Program, RowProgram, Step, Store, is_narrow};
 use crate::{Error, Val};
 use sparsam_ir::{AttentionPart, Binary, DType, Graph, Layout, NodeId, Op, Reduction};
@@ -24,7 +26,7 @@ struct Lower<'g> {
     graph: &'g Graph,
     program: Program,
     values: Vec<Option<Value>>,
-    /// The last node that reads each; `u32::MAX` for outputs.
+    /// Rank of the last node that reads each; `u32::MAX` for outputs.
     last_use: Vec<u32>,
     /// Place of each leaf by kind and name.
     leaves: HashMap<(u8, &'g str), usize>,
@@ -32,17 +34,25 @@ struct Lower<'g> {
     in_state: HashMap<usize, Vec<NodeId>>,
     /// Step that runs an attention with these inputs, by everything but the part.
     attention: HashMap<(Vec<NodeId>, sparsam_ir::Attention), usize>,
+    /// Parts of a cross-entropy made beside another part, by node.
+    cross_entropy: HashMap<NodeId, Operand>,
+    loss_rows: Option<usize>,
+    /// Where each node stands in the order of work.
+    rank: Vec<u32>,
     at: NodeId,
 }
 
 /// The program that runs `graph` node by node.
-pub(crate) fn lower(graph: &Graph) -> Result<Program, Error> {
+///
+/// `loss_rows`: rows of one chunk of a cross-entropy, if not the usual number.
+pub(crate) fn lower(graph: &Graph, loss_rows: Option<usize>) -> Result<Program, Error> {
     let n = graph.nodes.len();
-    let live = graph.live();
-    let mut last_use = vec![0; n];
-    for id in graph.ids().filter(|id| live[id.index()]) {
-        for i in &graph.node(id).inputs {
-            last_use[i.index()] = id.0;
+    let order = cross_entropy::order(graph);
+    let (mut last_use, mut rank) = (vec![0; n], vec![0; n]);
+    for (at, id) in order.iter().enumerate() {
+        rank[id.index()] = at as u32;
+        for i in &graph.node(*id).inputs {
+            last_use[i.index()] = at as u32;
         }
     }
     for (_, id) in &graph.outputs {
@@ -56,9 +66,12 @@ pub(crate) fn lower(graph: &Graph) -> Result<Program, Error> {
         leaves: HashMap::new(),
         in_state: HashMap::new(),
         attention: HashMap::new(),
+        cross_entropy: HashMap::new(),
+        loss_rows,
+        rank,
         at: NodeId(0),
     };
-    for id in graph.ids().filter(|id| live[id.index()]) {
+    for id in order {
         l.at = id;
         let value = l.node(id)?;
         if let Value::At(o) = &value
@@ -326,7 +339,7 @@ impl Lower<'_> {
                         right.layout = swap(&right.layout);
                     }
                     let (left, right) = (self.multipliable(left), self.multipliable(right));
-                    let kernel = Kernel::Matmul { precision: *precision };
+                    let kernel = Kernel::Matmul { precision: *precision, add: false };
                     self.step(kernel, vec![out.clone()], vec![left, right]);
                 }
                 Value::At(out)
@@ -409,6 +422,7 @@ impl Lower<'_> {
                 self.step(kernel, outs, ins);
                 Value::At(out)
             }
+            Op::CrossEntropy { part, precision } => self.cross_entropy(n, *part, *precision),
             Op::Assign => {
                 let state = self.input(n.inputs[0]);
                 let mut value = self.value(n.inputs[1]);
@@ -584,7 +598,7 @@ impl Lower<'_> {
     /// Before the state at `place` is written by node `by`: values that lie in it and are read later are copied.
     fn save_old_versions(&mut self, place: usize, by: NodeId) {
         for id in self.in_state.remove(&place).unwrap_or_default() {
-            if self.last_use[id.index()] <= by.0 {
+            if self.last_use[id.index()] <= self.rank[by.index()] {
                 continue;
             }
             let old = self.value(id);

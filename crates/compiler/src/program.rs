@@ -123,10 +123,13 @@ pub(crate) fn is_narrow(l: &Layout) -> bool {
 pub enum Kernel {
     /// A row program over its loads and stores.
     Row(RowProgram),
-    /// out (.., M, N) <- a (.., M, K), b (.., K, N): plain views, transposes as strides.
+    /// out (.., M, N) <- a (.., M, K), b (.., K, N): plain views, transposes as strides. With `add` also <- out: the
+    /// product is added to what is there.
     Matmul {
         /// How operands are read.
         precision: Precision,
+        /// Whether the product is added to the output, which is then the third input.
+        add: bool,
     },
     /// out_i (M, N_i).. <- a (M, K), weight_i (N_i, K)..: several weights over one activation.
     WeightMatmul {
@@ -359,9 +362,12 @@ impl fmt::Display for Step {
         }
         f.write_str(self.kernel.name())?;
         match &self.kernel {
-            Kernel::Matmul { precision }
-            | Kernel::WeightMatmul { precision }
-            | Kernel::WeightMatmulT { precision } => write!(f, " {}", lower(precision))?,
+            Kernel::Matmul { precision, add } => {
+                write!(f, " {}{}", lower(precision), if *add { " add" } else { "" })?
+            }
+            Kernel::WeightMatmul { precision } | Kernel::WeightMatmulT { precision } => {
+                write!(f, " {}", lower(precision))?
+            }
             Kernel::Attention { layout, window, parts, .. } => {
                 write!(f, " {layout:?}")?;
                 if let Some(w) = window {

@@ -164,7 +164,11 @@ fn other(step: &Step, kernel: &Kernel, memory: &mut [Vec<f64>]) -> Result<(), In
         let id = push(&mut graph, op, inputs, &out.layout.shape, out.dtype);
         graph.outputs.push(("y".into(), id));
         let result = interpret(&graph, &mut leaves, Rounding::None)?;
-        put(out, &result["y"].data, memory);
+        let mut data = result["y"].data.clone();
+        if let Kernel::Matmul { add: true, .. } = kernel {
+            data.iter_mut().zip(get(out, memory).data).for_each(|(x, before)| *x += before);
+        }
+        put(out, &data, memory);
     }
     Ok(())
 }

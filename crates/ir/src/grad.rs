@@ -4,7 +4,7 @@
 //! the gradients; optimisers are then composed behind them. Gradients are F32 whatever type a value is stored in.
 //! Notation in the rules: `y = op(a, b)`, and `dy` is the gradient of the loss towards `y`.
 
-use crate::op::{Attention, AttentionPart, Binary, Op, Reduction, Unary};
+use crate::op::{Attention, AttentionPart, Binary, CrossEntropyPart, Op, Reduction, Unary};
 use crate::trace::{Tensor, Trace};
 use sparsam_dtype::DType;
 
@@ -154,6 +154,21 @@ fn rule(
         Op::Gather => Ok(vec![needs[0].then(|| dy.scatter_add(&x[1], x[0].dim(0))), None]),
         Op::ScatterAdd { .. } => Ok(vec![Some(dy.gather(&x[1])), None]),
         Op::Attention(a) => attention(a, x, y, dy, needs),
+        // Both from dlogits = (softmax - onehot) * dy, which the compiler makes beside the loss, once.
+        Op::CrossEntropy { part: CrossEntropyPart::Loss, precision } => {
+            if *precision == crate::Precision::Int8 {
+                return Err("8-bit activations have no gradient; trace with f32 or bf16".into());
+            }
+            let parts = [CrossEntropyPart::GradH, CrossEntropyPart::GradWeight];
+            let part = |part| {
+                dy.trace().push(Op::CrossEntropy { part, precision: *precision }, &[&x[0], &x[1], &x[2], dy])
+            };
+            let mut dx: Vec<_> =
+                parts.into_iter().zip(needs).map(|(p, &needed)| needed.then(|| part(p))).collect();
+            dx.push(None);
+            Ok(dx)
+        }
+        Op::CrossEntropy { .. } => Err("only the cross-entropy has a gradient, not its gradients".into()),
         Op::Assign | Op::ScatterRows => Err("a state write has no gradient".into()),
     }
 }

@@ -1,6 +1,6 @@
 //! The rule of shape and type for each op: what the trace computes and the verifier checks.
 
-use crate::op::{AttentionLayout, AttentionPart, Op};
+use crate::op::{AttentionLayout, AttentionPart, CrossEntropyPart, Op};
 use sparsam_dtype::DType;
 
 /// Shape and element type of a node's result, or what is wrong with its inputs.
@@ -13,6 +13,7 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
         Op::Reshape(_) | Op::Permute(_) | Op::Broadcast(_) | Op::Slice { .. } | Op::Pad { .. } => 1,
         Op::Binary(_) | Op::Matmul { .. } | Op::Gather | Op::ScatterAdd { .. } | Op::Assign => 2,
         Op::Select | Op::ScatterRows => 3,
+        Op::CrossEntropy { part, .. } => 3 + usize::from(part.is_grad()),
         Op::Concat { .. } => inputs.len().max(1),
         Op::Attention(a) => match a.layout {
             AttentionLayout::Packed if a.part.is_grad() => 7,
@@ -221,6 +222,29 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
                 AttentionPart::GradK => (k.to_vec(), DType::F32),
                 AttentionPart::GradV => (v.to_vec(), DType::F32),
             })
+        }
+        Op::CrossEntropy { part, .. } => {
+            let (h, w, targets) = (shape(0), shape(1), shape(2));
+            want(0, DType::F32)?;
+            want(2, DType::I32)?;
+            if !(dtype(1).is_float() || dtype(1).is_block()) {
+                return Err(format!("a weight of type {}", dtype(1)));
+            }
+            if h.len() != 2 || w.len() != 2 || w[1] != h[1] || w[0] == 0 || targets != &h[..1] {
+                return Err(format!(
+                    "h {h:?}, weight {w:?}, targets {targets:?}: want (N, D), (V, D) and (N)"
+                ));
+            }
+            if part.is_grad() {
+                want(3, DType::F32)?;
+                same(targets, shape(3))?;
+            }
+            let of = match part {
+                CrossEntropyPart::Loss => targets,
+                CrossEntropyPart::GradH => h,
+                CrossEntropyPart::GradWeight => w,
+            };
+            Ok((of.to_vec(), DType::F32))
         }
         Op::Assign => {
             same(shape(0), shape(1))?;

@@ -5,7 +5,7 @@
 //! finite differences need.
 
 use crate::graph::{Graph, Node};
-use crate::op::{Attention, AttentionLayout, AttentionPart, Binary, Op, Reduction, Unary};
+use crate::op::{Attention, AttentionLayout, AttentionPart, Binary, CrossEntropyPart, Op, Reduction, Unary};
 use sparsam_dtype::{DType, bf16, f16};
 use std::collections::HashMap;
 
@@ -239,6 +239,7 @@ fn eval(node: &Node, inputs: &[&Value], leaves: &Leaves) -> Result<Vec<f64>, Int
             out
         }
         Op::Attention(a) => attention(a, inputs)?,
+        Op::CrossEntropy { part, .. } => cross_entropy(*part, inputs)?,
         // Rounded to the state's type by the caller, like every result.
         Op::Assign => x(1).clone(),
         Op::ScatterRows => {
@@ -332,6 +333,40 @@ fn attention(a: &Attention, inputs: &[&Value]) -> Result<Vec<f64>, InterpretErro
                         }
                     }
                 }
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn cross_entropy(part: CrossEntropyPart, inputs: &[&Value]) -> Result<Vec<f64>, InterpretError> {
+    let (h, w, targets) = (inputs[0], inputs[1], inputs[2]);
+    let [n, dim, vocab] = [h.shape[0], h.shape[1], w.shape[0]];
+    let mut out = match part {
+        CrossEntropyPart::Loss => vec![0.0; n],
+        CrossEntropyPart::GradH => vec![0.0; n * dim],
+        CrossEntropyPart::GradWeight => vec![0.0; vocab * dim],
+    };
+    for i in 0..n {
+        if targets.data[i] == -1.0 {
+            continue;
+        }
+        let target = index("cross_entropy target", targets.data[i], vocab)?;
+        let h = &h.data[i * dim..][..dim];
+        let row = |v: usize| &w.data[v * dim..][..dim];
+        let logits: Vec<f64> = (0..vocab).map(|v| dot(h, row(v))).collect();
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = logits.iter().map(|l| (l - max).exp()).sum();
+        if part == CrossEntropyPart::Loss {
+            out[i] = max + total.ln() - logits[target];
+            continue;
+        }
+        for (v, l) in logits.iter().enumerate() {
+            let p = (l - max).exp() / total;
+            let d = (p - f64::from(u8::from(v == target))) * inputs[3].data[i];
+            match part {
+                CrossEntropyPart::GradH => (0..dim).for_each(|k| out[i * dim + k] += d * row(v)[k]),
+                _ => (0..dim).for_each(|k| out[v * dim + k] += d * h[k]),
             }
         }
     }

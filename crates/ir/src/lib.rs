@@ -20,7 +20,9 @@ mod grad;
 mod graph;
 mod infer;
 pub mod interpret;
+mod loss;
 mod op;
+mod optimise;
 mod print;
 mod trace;
 mod verify;
@@ -28,7 +30,11 @@ mod verify;
 pub use grad::grad;
 pub use graph::{Graph, Node, NodeId};
 pub use infer::infer;
-pub use op::{Attention, AttentionLayout, AttentionPart, Binary, Op, Precision, Real, Reduction, Unary};
+pub use op::{
+    Attention, AttentionLayout, AttentionPart, Binary, CrossEntropyPart, Op, Precision, Real, Reduction,
+    Unary,
+};
+pub use optimise::AdamW;
 pub use sparsam_dtype::{DType, Layout};
 pub use trace::{AttentionScores, Tensor, Trace, TraceError};
 pub use verify::{VerifyError, verify};

@@ -140,6 +140,27 @@ pub struct Attention {
     pub part: AttentionPart,
 }
 
+/// Which result of the cross-entropy kernel a node stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum CrossEntropyPart {
+    /// (N): `log(sum(exp(logits))) - logits[target]` of each row; 0 where the target is -1.
+    Loss,
+    /// Shape of h: `dh = dlogits W`. This part and the next take one more input, the gradient of the loss, F32 (N).
+    GradH,
+    /// Shape of the weight: `dW = dlogits^T h`.
+    GradWeight,
+}
+
+impl CrossEntropyPart {
+    /// Whether this is a gradient.
+    pub fn is_grad(self) -> bool {
+        match self {
+            CrossEntropyPart::Loss => false,
+            CrossEntropyPart::GradH | CrossEntropyPart::GradWeight => true,
+        }
+    }
+}
+
 /// One operation. Shapes and types of results: [`crate::infer`]; meaning: [`crate::interpret`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // fields are named as in the text of each variant
@@ -199,6 +220,11 @@ pub enum Op {
     // -- 6. what cannot be composed without losing its point ---------------------------------------------------
     /// See [`Attention`].
     Attention(Attention),
+    /// Softmax cross-entropy of the logits `h W^T` against hard targets, in chunks of rows: the logits of all rows
+    /// never exist at once. Inputs: h F32 (N, D), weight (V, D), targets I32 (N) in `0 .. V`, or -1 for rows that do
+    /// not count; gradients also that of the loss, F32 (N). With `p = softmax(logits)`:
+    /// `dlogits = (p - onehot(target)) * dloss`. `precision` is that of all three products.
+    CrossEntropy { part: CrossEntropyPart, precision: Precision },
     /// Inputs: state, value of its shape. Result: the state's next version.
     Assign,
     /// Inputs: state (S, ..), values (N, ..), slots I32 (N). Result: the state's next version with row `slots[i]`

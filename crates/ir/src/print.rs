@@ -9,7 +9,7 @@
 //! ```
 
 use crate::graph::{Graph, NodeId};
-use crate::op::{AttentionPart, Op};
+use crate::op::{AttentionPart, CrossEntropyPart, Op};
 use std::fmt;
 
 /// The op without operands, as the printer writes it.
@@ -55,6 +55,14 @@ pub(crate) fn op_text(op: &Op) -> String {
                 AttentionPart::GradV => " grad v",
             };
             s
+        }
+        Op::CrossEntropy { part, precision } => {
+            let part = match part {
+                CrossEntropyPart::Loss => "",
+                CrossEntropyPart::GradH => " grad h",
+                CrossEntropyPart::GradWeight => " grad weight",
+            };
+            format!("cross_entropy {}{part}", lower(precision))
         }
         Op::Assign => "assign".into(),
         Op::ScatterRows => "scatter_rows".into(),

@@ -46,7 +46,17 @@ pub fn verify(graph: &Graph) -> Result<(), VerifyError> {
                 return fail(id, format!("state {name:?} is read into the graph twice"));
             }
         }
-        if let Op::Matmul { precision: Precision::Int8, .. } = n.op {
+        let int8 = match n.op {
+            Op::Matmul { precision, .. } => precision == Precision::Int8,
+            Op::CrossEntropy { part, precision: Precision::Int8 } => {
+                if part.is_grad() {
+                    return fail(id, "int8 activations have no gradient".into());
+                }
+                true
+            }
+            _ => false,
+        };
+        if int8 {
             let (a, b) = (graph.node(n.inputs[0]), graph.node(n.inputs[1]));
             if a.dtype != DType::F32 || !matches!(b.op, Op::Weight { .. }) {
                 return fail(id, "int8 activations are for products with weights".into());

@@ -156,6 +156,23 @@ fn attention() {
 }
 
 #[test]
+fn cross_entropy() {
+    let args: &[Arg] = &[("h", &[5, 3], -1.0, 1.0), ("w", &[7, 3], -1.0, 1.0)];
+    let targets: (&str, &[usize], &[i32]) = ("targets", &[5], &[3, -1, 0, 6, 3]);
+    check("cross_entropy", args, &[targets], |_, x, i| {
+        x[0].linear_cross_entropy(&x[1], &i[0], Precision::F32)
+    });
+    check("cross_entropy of a product, its mean", args, &[targets], |_, x, i| {
+        let logits = x[0].matmul_with(&x[1], false, true, Precision::F32);
+        logits.cross_entropy(&i[0]).mean_where(&i[0]).0
+    });
+    check("cross_entropy of other logits", args, &[targets], |_, x, i| {
+        let logits = x[0].matmul_with(&x[1], false, true, Precision::F32);
+        logits.mul_scalar(0.5).tanh().cross_entropy(&i[0])
+    });
+}
+
+#[test]
 fn what_has_no_gradient_says_so_and_where() {
     let t = Trace::new();
     let x = t.input("x", &[2, 32], DType::F32);

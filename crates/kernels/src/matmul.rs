@@ -78,6 +78,32 @@ pub fn matmul(
     b: &View,
     precision: Precision,
 ) -> Result<(), Error> {
+    into(ctx, mem, out, [a, b], precision, false)
+}
+
+/// As [`matmul`], added to what `out` holds: block by block of K, as if it were one longer sum.
+///
+/// # Errors
+/// As [`matmul`].
+pub fn matmul_add(
+    ctx: &Context,
+    mem: &mut Memory,
+    out: &View,
+    a: &View,
+    b: &View,
+    precision: Precision,
+) -> Result<(), Error> {
+    into(ctx, mem, out, [a, b], precision, true)
+}
+
+fn into(
+    ctx: &Context,
+    mem: &mut Memory,
+    out: &View,
+    [a, b]: [&View; 2],
+    precision: Precision,
+    add: bool,
+) -> Result<(), Error> {
     let ([o], [pa, pb]) = mem.resolve([out], [a, b], false)?;
     for v in [a, b] {
         check_float(v)?;
@@ -115,6 +141,7 @@ pub fn matmul(
             out: Out { ptr, rs: lo.strides[row], cs: lo.strides[col] },
             a: lanes(pa, a, row, col),
             b: lanes(pb, b, col, row),
+            add,
         }
     };
     let (tiles, packing) = choose(ctx, precision);
@@ -231,6 +258,8 @@ pub(crate) struct Product<B> {
     pub a: Lanes,
     /// Lanes are columns.
     pub b: B,
+    /// Whether the product is added to what `out` holds.
+    pub add: bool,
 }
 
 impl Product<Lanes> {
@@ -241,7 +270,7 @@ impl Product<Lanes> {
             return self;
         }
         let out = Out { rs: self.out.cs, cs: self.out.rs, ..self.out };
-        Product { m: self.n, n: self.m, k: self.k, out, a: self.b, b: self.a }
+        Product { m: self.n, n: self.m, out, a: self.b, b: self.a, ..self }
     }
 }
 
@@ -265,10 +294,13 @@ pub(crate) fn product<B: Right>(pool: &Pool, p: &Product<B>, tiles: &Tiles, pack
     if p.m == 0 || p.n == 0 {
         return;
     }
+    if p.k == 0 && p.add {
+        return;
+    }
     if p.k == 0 {
         return clear(p.out, p.m, p.n);
     }
-    let &Product { m, n, k, out, .. } = p;
+    let &Product { m, n, k, out, add, .. } = p;
     let parallel = m * n * k > SERIAL;
     let kb = block_of_k(packing);
     let max_steps = packing.steps(k.min(kb));
@@ -318,7 +350,7 @@ pub(crate) fn product<B: Right>(pool: &Pool, p: &Product<B>, tiles: &Tiles, pack
                                 b_step: PANEL,
                                 c: out.at(m0 + row, n0 + col),
                                 ldc: out.rs,
-                                add: k0 > 0,
+                                add: add || k0 > 0,
                             };
                             let rows = (mc - row).min(tiles.strip);
                             // SAFETY: strip and panels were packed above; the tile of C lies within the output

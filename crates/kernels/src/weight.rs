@@ -228,7 +228,7 @@ pub fn matmul_t(
     let (tiles, packing) = matmul::choose(ctx, precision);
     let (a, out) = (rows_of(pa, a), out_of(po, out));
     let b = float::Transposed { weight: w, cpu: ctx.cpu() };
-    matmul::product(ctx.pool(), &Product { m, n: w.cols, k: n, out, a, b }, &tiles, packing);
+    matmul::product(ctx.pool(), &Product { m, n: w.cols, k: n, out, a, b, add: false }, &tiles, packing);
     Ok(())
 }
 

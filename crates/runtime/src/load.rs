@@ -24,7 +24,8 @@ pub(crate) struct Call {
 
 pub(crate) enum Kind {
     Row(Box<row::Code>),
-    Matmul(sparsam_kernels::Precision),
+    /// Whether the product is added to the output.
+    Matmul(sparsam_kernels::Precision, bool),
     WeightMatmul(Vec<Arc<Weight>>, sparsam_kernels::Precision),
     WeightMatmulT(Arc<Weight>, sparsam_kernels::Precision),
     WeightGather(Arc<Weight>),
@@ -197,7 +198,7 @@ impl Session {
                             .map_err(|source| Error::Kernel { step: i, kernel: s.kernel.name(), source })?;
                         Kind::Row(Box::new(code))
                     }
-                    Kernel::Matmul { precision: p } => Kind::Matmul(precision(*p)),
+                    Kernel::Matmul { precision: p, add } => Kind::Matmul(precision(*p), *add),
                     Kernel::WeightMatmul { precision: p } => {
                         let weights = (1..s.ins.len()).map(weight).collect::<Result<_, _>>()?;
                         Kind::WeightMatmul(weights, precision(*p))

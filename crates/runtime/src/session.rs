@@ -265,7 +265,8 @@ fn run_call(ctx: &Context, mem: &mut Memory, call: &Call) -> Result<(), sparsam_
     let (outs, ins) = (&call.outs, &call.ins);
     match &call.kind {
         Kind::Row(code) => with_refs(outs, |outs| with_refs(ins, |ins| row::run(ctx, mem, code, outs, ins))),
-        Kind::Matmul(precision) => matmul::matmul(ctx, mem, &outs[0], &ins[0], &ins[1], *precision),
+        Kind::Matmul(precision, false) => matmul::matmul(ctx, mem, &outs[0], &ins[0], &ins[1], *precision),
+        Kind::Matmul(precision, true) => matmul::matmul_add(ctx, mem, &outs[0], &ins[0], &ins[1], *precision),
         Kind::WeightMatmul(weights, precision) => with_refs(outs, |outs| {
             let mut run = |ws: &[&Weight]| weight::matmul(ctx, mem, outs, &ins[0], ws, *precision);
             match &weights[..] {

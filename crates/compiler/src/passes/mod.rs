@@ -11,7 +11,7 @@ mod rewrite;
 mod schedule;
 mod simplify;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use crate::program::Program;
 use crate::report::{PassReport, Report};
@@ -79,17 +79,19 @@ pub struct Options {
     pub eager: bool,
     /// Passes to leave out.
     pub off: Vec<Pass>,
+    /// Rows of a cross-entropy's logits that exist at once; `None`: as many as take 128 MiB.
+    pub loss_rows: Option<usize>,
 }
 
 impl Options {
     /// No passes at all.
     pub fn eager() -> Options {
-        Options { eager: true, off: Vec::new() }
+        Options { eager: true, ..Options::default() }
     }
 
     /// All passes but one.
     pub fn without(pass: Pass) -> Options {
-        Options { eager: false, off: vec![pass] }
+        Options { off: vec![pass], ..Options::default() }
     }
 }
 
@@ -98,7 +100,7 @@ impl Options {
 /// In debug builds graph and program are checked after each pass, and an error names the pass.
 pub fn compile(graph: &Graph, options: &Options) -> Result<Program, Error> {
     verify(graph).map_err(Error::Graph)?;
-    let mut plain = lower::lower(graph)?;
+    let mut plain = lower::lower(graph, options.loss_rows)?;
     checked("lower", &plain, false)?;
     plan::plan(&mut plain);
     checked("plan", &plain, true)?;
@@ -138,7 +140,7 @@ fn optimised(graph: &Graph, options: &Options, report: &mut Report) -> Result<Pr
         graph = std::borrow::Cow::Owned(new);
     }
 
-    let mut program = lower::lower(&graph)?;
+    let mut program = lower::lower(&graph, options.loss_rows)?;
     checked("lower", &program, false)?;
     type OnProgram = fn(&mut Program);
     let on_program: [(Pass, OnProgram); 5] = [
@@ -184,7 +186,7 @@ mod tests {
     #[test]
     fn a_broken_program_names_the_pass() {
         let graph = testing::graph(|t| t.input("x", &[2], sparsam_ir::DType::F32).exp().neg());
-        let mut program = lower::lower(&graph).unwrap();
+        let mut program = lower::lower(&graph, None).unwrap();
         program.steps.swap(0, 1);
         let e = checked("schedule", &program, false).unwrap_err().to_string();
         assert!(e.contains("pass schedule broke the program: step 0 (row): reads"), "{e}");

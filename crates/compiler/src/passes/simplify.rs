@@ -91,6 +91,7 @@ fn folded(g: &mut Graph, node: &Node) -> Option<NodeId> {
         | Op::Gather
         | Op::ScatterAdd { .. }
         | Op::Attention(_)
+        | Op::CrossEntropy { .. }
         | Op::Assign
         | Op::ScatterRows => return None,
     };
@@ -153,6 +154,7 @@ fn rule(g: &mut Graph, node: &Node) -> Option<NodeId> {
         | Op::Gather
         | Op::ScatterAdd { .. }
         | Op::Attention(_)
+        | Op::CrossEntropy { .. }
         | Op::Assign
         | Op::ScatterRows => None,
     }

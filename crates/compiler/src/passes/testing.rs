@@ -47,7 +47,7 @@ pub(crate) fn on_graph(pass: impl Fn(&Graph) -> Graph, graph: &Graph) -> String 
 
 /// What `graph` becomes under `passes`, one after the other, each holding on to its meaning.
 pub(crate) fn on_program(passes: &[fn(&mut Program)], graph: &Graph) -> Program {
-    let mut program = lower::lower(graph).unwrap();
+    let mut program = lower::lower(graph, None).unwrap();
     let mut a = leaves(graph);
     let want = interpret(graph, &mut a, Rounding::None).unwrap();
     for pass in passes {
@@ -58,6 +58,17 @@ pub(crate) fn on_program(passes: &[fn(&mut Program)], graph: &Graph) -> Program 
         want.iter().for_each(|(name, w)| same(&got[name], w));
         a.iter().for_each(|(name, w)| same(&b[name], w));
     }
+    program
+}
+
+/// What `graph` compiles to, which means the same.
+pub(crate) fn same_as_interpreted(graph: &Graph, options: &crate::Options) -> Program {
+    let program = super::compile(graph, options).unwrap();
+    let (mut a, mut b) = (leaves(graph), leaves(graph));
+    let want = interpret(graph, &mut a, Rounding::None).unwrap();
+    let got = reference::run(&program, &mut b).unwrap();
+    want.iter().for_each(|(name, w)| same(&got[name], w));
+    a.iter().for_each(|(name, w)| same(&b[name], w));
     program
 }
 

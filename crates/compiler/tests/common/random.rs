@@ -81,7 +81,7 @@ impl Script<'_> {
         let x = self.one();
         let shape = x.shape();
         let last = x.rank() - 1;
-        Some(match self.pick(26) {
+        Some(match self.pick(27) {
             0 => x.tanh().exp(),
             1 => x.neg(),
             2 => x.abs().add_scalar(0.5).sqrt(),
@@ -182,6 +182,14 @@ impl Script<'_> {
                 let rows = self.length();
                 let to = self.index(m.dim(0), rows);
                 m.scatter_add(&to, rows)
+            }
+            26 => {
+                let m = self.matrix(&x);
+                let vocab = 1 + self.length();
+                let w = self.weight(&[vocab, m.dim(1)]);
+                let targets = self.index(m.dim(0), vocab);
+                let loss = m.tanh().linear_cross_entropy(&w, &targets, Precision::F32);
+                if self.pick(2) == 0 { loss } else { m.tanh().matmul(&w.t()).exp().cross_entropy(&targets) }
             }
             24 if self.kinds.jumps => {
                 let other = self.one();

@@ -223,6 +223,37 @@ fn a_rows_result_does_not_depend_on_the_others() {
     }
 }
 
+/// Blocks of K added one call after the other are the blocks of one call, bit for bit.
+#[test]
+fn added_products_are_one_longer_product() {
+    let (m, k, n) = (27, 2 * KC + 100, 45);
+    let (a, b) = (numbers(m * k, 3), numbers(k * n, 4));
+    for cpu in Cpu::all() {
+        for (precision, first) in [(Precision::F32, KC), (Precision::Bf16, 2 * KC)] {
+            for how in [How::Rows, How::Columns, How::Odd] {
+                let case = Case { m, k, n, types: [DType::F32; 2], how: [How::Rows, How::Rows, how] };
+                let whole = run(&case, &a, &b, cpu, 1, precision);
+                let ctx = Context::new(2, cpu);
+                let mut mem = Memory::new();
+                let va = store(&mut mem, DType::F32, &a, m, k, How::Rows);
+                let vb = store(&mut mem, DType::F32, &b, k, n, How::Rows);
+                let vo = view(0, DType::F32, m, n, how);
+                let slab = mem.add_owned(vo.layout.end() * 4);
+                let vo = View { slab, ..vo };
+                let part = |from: usize, to: usize| {
+                    let of = |v: &View, axis| View { layout: v.layout.slice(axis, from, to), ..v.clone() };
+                    (of(&va, 1), of(&vb, 0))
+                };
+                let ((a0, b0), (a1, b1)) = (part(0, first), part(first, k));
+                matmul(&ctx, &mut mem, &vo, &a0, &b0, precision).unwrap();
+                matmul_add(&ctx, &mut mem, &vo, &a1, &b1, precision).unwrap();
+                matmul_add(&ctx, &mut mem, &vo, &part(k, k).0, &part(k, k).1, precision).unwrap();
+                assert!(load(&mem, &vo) == whole, "{cpu} {precision:?} {how:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn batches_and_repeated_operands() {
     let (batch, m, k, n) = (5, 7, 20, 18);
