@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use unicode_normalization::{UnicodeNormalization, is_nfc};
 
 pub(crate) struct Bpe {
-    splitter: Splitter,
+    pub splitter: Splitter,
     /// The token of each byte.
     byte_ids: [u32; 256],
     /// (left, right) -> (rank, merged).
@@ -67,6 +67,15 @@ impl Bpe {
             HashMap::new()
         };
         Ok(Bpe { splitter, byte_ids, merges: table, words })
+    }
+
+    /// The merges, best first; of equal ones the first alone.
+    pub fn merges_in_order<'v>(&self, vocab: &'v Vocab) -> Vec<(&'v str, &'v str)> {
+        let mut ranked: Vec<(u32, (u32, u32))> =
+            self.merges.iter().map(|(&pair, &(rank, _))| (rank, pair)).collect();
+        ranked.sort_unstable();
+        let text = |id: u32| vocab.tokens[id as usize].as_str();
+        ranked.into_iter().map(|(_, (left, right))| (text(left), text(right))).collect()
     }
 
     /// Whether BOS goes first where the file does not say.

@@ -36,6 +36,14 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// Another form of file cannot hold this tokenizer.
+    #[error("tokenizer: {form} cannot hold it: {what}; keep the form that it came in")]
+    Unrepresentable {
+        /// The form of file.
+        form: &'static str,
+        /// What has no place there.
+        what: String,
+    },
     /// Text for which the vocabulary has no tokens.
     #[error("tokenizer: the vocabulary has no token for {character:?} (U+{:04X}, byte {at} of the text); remove it from the text or use a model that knows it", u32::from(*.character))]
     NoToken {

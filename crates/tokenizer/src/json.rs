@@ -98,6 +98,11 @@ impl Json {
         Ok(Json { inner, plain, writing, vocab_size })
     }
 
+    /// The file again; texts are neither cut nor filled up.
+    pub fn to_value(&self) -> Result<Value, Error> {
+        serde_json::to_value(&self.inner).or_else(|e| bad(FILE, format!("cannot be written: {e}")))
+    }
+
     pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>, Error> {
         let failed = |e: tokenizers::Error| Error::Encode { what: e.to_string() };
         let added = if specials.parse { self.inner.get_added_vocabulary() } else { &self.plain };
@@ -157,6 +162,8 @@ impl Json {
                 "eos_token" => &mut ids.eos,
                 "unk_token" => &mut ids.unk,
                 "pad_token" => &mut ids.pad,
+                "eot_token" => &mut ids.eot,
+                "eom_token" => &mut ids.eom,
                 _ => continue,
             };
             match self.id(text) {
@@ -175,8 +182,7 @@ impl Json {
         let mut known: Vec<u32> =
             decoder.iter().filter(|(_, t)| t.special && ends_turn(&t.content)).map(|(&id, _)| id).collect();
         known.sort_unstable();
-        ids.stop = ids.eos.into_iter().collect();
-        for id in known {
+        for id in [ids.eos, ids.eot, ids.eom].into_iter().flatten().chain(known) {
             if !ids.stop.contains(&id) {
                 ids.stop.push(id);
             }

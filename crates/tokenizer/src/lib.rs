@@ -3,12 +3,14 @@
 //! A leaf: knows no model, and no file but the ones of tokenizers, which it gets as bytes or as
 //! the plain struct [`GgufVocab`]. Start reading at [`Tokenizer`]; `bpe.rs` and `spm.rs` hold the
 //! two kinds of GGUF vocabulary, `split.rs` the pre-tokenisers, `merge.rs` the merging that both
-//! kinds share, `json.rs` the road through the `tokenizers` crate, `template.rs` chat templates.
+//! kinds share, `json.rs` the road through the `tokenizers` crate, `template.rs` chat templates,
+//! `export.rs` the way back into files.
 #![forbid(unsafe_code)]
 
 mod bpe;
 mod bytes;
 mod error;
+mod export;
 mod json;
 mod merge;
 mod special;
@@ -19,6 +21,7 @@ mod template;
 mod vocab;
 
 pub use error::Error;
+pub use export::JsonFiles;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, Message, RenderOptions};
 pub use vocab::GgufVocab;
@@ -65,6 +68,8 @@ struct Gguf {
     model: Merger,
     add_bos: Option<u32>,
     add_eos: Option<u32>,
+    /// The file's single values, for writing it again; its lists and templates are left out.
+    head: GgufVocab,
 }
 
 enum Merger {
@@ -141,7 +146,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Vocabulary`] if lengths, ids, tokens or merges contradict each other,
     /// [`Error::UnknownModel`] and [`Error::UnknownPre`] for kinds that are not implemented.
-    pub fn from_gguf(file: GgufVocab) -> Result<Tokenizer, Error> {
+    pub fn from_gguf(mut file: GgufVocab) -> Result<Tokenizer, Error> {
         // Known first: a file of another kind need not keep to the rules of these two.
         if !matches!(file.model.as_str(), "gpt2" | "llama") {
             return Err(Error::UnknownModel { model: file.model });
@@ -154,14 +159,14 @@ impl Tokenizer {
             ("unknown token's", file.unk),
             ("padding", file.pad),
         ];
-        let vocab = Vocab::new(file.tokens, &file.token_types, &named)?;
+        let vocab = Vocab::new(std::mem::take(&mut file.tokens), &file.token_types, &named)?;
         let (model, add_bos) = if file.model == "gpt2" {
             let bpe = Bpe::new(&vocab, file.pre.as_deref(), &file.merges)?;
             let add_bos = bpe.add_bos() && file.bos.is_some();
             (Merger::Bytes(bpe), add_bos)
         } else {
             let space_prefix = file.add_space_prefix.unwrap_or(true);
-            let spm = Spm::new(&vocab, &file.scores, file.unk, space_prefix)?;
+            let spm = Spm::new(&vocab, std::mem::take(&mut file.scores), file.unk, space_prefix)?;
             (Merger::Pieces(spm), file.bos.is_some())
         };
         let wanted = |name: &str, add: bool, id: Option<u32>| match (add, id) {
@@ -178,17 +183,21 @@ impl Tokenizer {
             eos: file.eos,
             unk: file.unk,
             pad: file.pad,
+            eot: file.eot,
+            eom: file.eom,
             stop: vocab.stop_ids(&[file.eos, file.eot, file.eom]),
         };
         let texts = SpecialTexts::from_ids(&ids, |id| vocab.tokens.get(id as usize).cloned());
-        let default = file.chat_template.map(|source| ("default".to_string(), source));
+        let default = file.chat_template.take().map(|source| ("default".to_string(), source));
         let templates = default
             .into_iter()
-            .chain(file.named_templates)
+            .chain(std::mem::take(&mut file.named_templates))
             .map(|(name, source)| (name, ChatTemplate::new(source, texts.clone())))
             .collect();
         let matcher = Matcher::new(&vocab)?;
-        let inner = Arc::new(Inner::Gguf(Box::new(Gguf { vocab, matcher, model, add_bos, add_eos })));
+        let head = GgufVocab { token_types: Vec::new(), merges: Vec::new(), ..file };
+        let gguf = Gguf { vocab, matcher, model, add_bos, add_eos, head };
+        let inner = Arc::new(Inner::Gguf(Box::new(gguf)));
         Ok(Tokenizer(Arc::new(Shared { inner, ids, texts, templates })))
     }
 

@@ -104,6 +104,31 @@ const CONTRACTIONS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?";
 /// The names that [`Splitter::by_name`] knows, for the error message.
 const KNOWN: &str = "default, gpt-2, smollm, starcoder, refact, llama-bpe, llama3, qwen2, qwen35, deepseek-r1-qwen, deepseek-v3, deepseek-coder, tekken, gpt-4o, llama4, glm4";
 
+/// The names to write, of those that cut alike the first.
+const NAMES: [&str; 11] = [
+    "gpt-2",
+    "smollm",
+    "llama-bpe",
+    "glm4",
+    "qwen2",
+    "deepseek-r1-qwen",
+    "qwen35",
+    "deepseek-v3",
+    "deepseek-coder",
+    "tekken",
+    "gpt-4o",
+];
+
+/// Another spelling of one pattern: DeepSeek V3's files list its punctuation one by one.
+fn published_as(pattern: &str) -> &str {
+    match pattern.strip_prefix(r"[!-/:-@\[-`{-~]") {
+        Some(_) => {
+            r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##
+        }
+        None => pattern,
+    }
+}
+
 impl Splitter {
     /// The pre-tokeniser that GGUF files call `name` (`tokenizer.ggml.pre`).
     ///
@@ -169,6 +194,32 @@ impl Splitter {
             // Qwen's own tokenizer normalises; llama.cpp does not.
             nfc: matches!(name, "qwen2" | "qwen35"),
             add_bos: llama3 || name == "tekken",
+        })
+    }
+
+    /// The patterns as they were published, one for each stage.
+    pub fn patterns(&self) -> Vec<String> {
+        let published = |stage: &Stage| {
+            let pattern = stage.pattern.as_str();
+            match (stage.spaces, pattern.strip_suffix(r"|\s+")) {
+                (Spaces::LeaveLast | Spaces::LeaveLastUnlessBreak, Some(front)) => {
+                    format!(r"{front}|\s+(?!\S)|\s+")
+                }
+                _ => pattern.to_string(),
+            }
+        };
+        self.stages.iter().map(published).collect()
+    }
+
+    /// The name of the pre-tokeniser that has these patterns, and `nfc` and `ignore_merges` as it has them.
+    pub fn name_of(patterns: &[String], nfc: bool, ignore_merges: bool) -> Option<&'static str> {
+        NAMES.into_iter().find(|name| {
+            let Ok(splitter) = Splitter::by_name(name) else { return false };
+            let own = splitter.patterns();
+            let same = own.iter().zip(patterns).all(|(a, b)| a == b || published_as(a) == b);
+            same && own.len() == patterns.len()
+                && splitter.nfc == nfc
+                && splitter.ignore_merges == ignore_merges
         })
     }
 

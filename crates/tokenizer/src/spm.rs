@@ -13,13 +13,15 @@ pub(crate) struct Spm {
     pieces: HashMap<String, (u32, u32)>,
     /// The token of each byte.
     byte_ids: [u32; 256],
-    unk: Option<u32>,
+    /// As the file has them, by id.
+    pub scores: Vec<f32>,
+    pub unk: Option<u32>,
     /// Whether a space goes in front of a text.
     pub space_prefix: bool,
 }
 
 impl Spm {
-    pub fn new(vocab: &Vocab, scores: &[f32], unk: Option<u32>, space_prefix: bool) -> Result<Spm, Error> {
+    pub fn new(vocab: &Vocab, scores: Vec<f32>, unk: Option<u32>, space_prefix: bool) -> Result<Spm, Error> {
         let bad = |what: String| Err(Error::Vocabulary { what });
         let n = vocab.tokens.len();
         if scores.len() != n {
@@ -56,7 +58,23 @@ impl Spm {
             let found = vocab.kinds.iter().position(|&k| k == Kind::Unknown);
             found.map(|id| id as u32)
         });
-        Ok(Spm { pieces, byte_ids, unk, space_prefix })
+        Ok(Spm { pieces, byte_ids, scores, unk, space_prefix })
+    }
+
+    /// All pairs of pieces whose join is a piece, in the order in which scores merge them. Of pairs that make one piece
+    /// the one with the longer left side goes first: it begins further left. (As transformers converts such
+    /// vocabularies.)
+    pub fn merges(&self) -> Vec<(&str, &str)> {
+        let mut found: Vec<(u32, &str, &str)> = Vec::new();
+        for (piece, &(rank, _)) in &self.pieces {
+            let pairs = all_merges(piece, |part| self.pieces.contains_key(part));
+            found.extend(pairs.map(|(left, right)| (rank, left, right)));
+        }
+        found.sort_unstable_by(|a, b| {
+            let key = |m: &(u32, &str, &str)| (m.0, std::cmp::Reverse((m.1.len(), m.2.len())));
+            key(a).cmp(&key(b)).then_with(|| a.1.cmp(b.1))
+        });
+        found.into_iter().map(|(_, left, right)| (left, right)).collect()
     }
 
     /// Appends the tokens of `text`, which starts at byte `at` of the whole; `prefix`: the start
@@ -109,4 +127,13 @@ impl Spm {
             Kind::Normal | Kind::UserDefined | Kind::Unused => token.replace('▁', " ").into_bytes(),
         }
     }
+}
+
+/// The ways to cut `piece` in two of which both are `known`.
+pub(crate) fn all_merges<'p>(
+    piece: &'p str,
+    known: impl Fn(&str) -> bool + 'p,
+) -> impl Iterator<Item = (&'p str, &'p str)> {
+    let cuts = piece.char_indices().skip(1).map(|(at, _)| piece.split_at(at));
+    cuts.filter(move |(left, right)| known(left) && known(right))
 }

@@ -50,8 +50,14 @@ pub(crate) struct SpecialTexts(pub Vec<(String, String)>);
 
 impl SpecialTexts {
     pub fn from_ids(ids: &SpecialIds, token: impl Fn(u32) -> Option<String>) -> SpecialTexts {
-        let named =
-            [("bos_token", ids.bos), ("eos_token", ids.eos), ("unk_token", ids.unk), ("pad_token", ids.pad)];
+        let named = [
+            ("bos_token", ids.bos),
+            ("eos_token", ids.eos),
+            ("unk_token", ids.unk),
+            ("pad_token", ids.pad),
+            ("eot_token", ids.eot),
+            ("eom_token", ids.eom),
+        ];
         SpecialTexts(
             named.into_iter().filter_map(|(name, id)| Some((name.to_string(), token(id?)?))).collect(),
         )

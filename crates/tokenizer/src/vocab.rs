@@ -57,6 +57,18 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// The number in `tokenizer.ggml.token_type`.
+    pub fn to_gguf(self) -> i32 {
+        match self {
+            Kind::Normal => 1,
+            Kind::Unknown => 2,
+            Kind::Control => 3,
+            Kind::UserDefined => 4,
+            Kind::Unused => 5,
+            Kind::Byte => 6,
+        }
+    }
+
     fn from_gguf(number: i32) -> Option<Kind> {
         Some(match number {
             1 => Kind::Normal,
@@ -97,6 +109,9 @@ pub(crate) struct SpecialIds {
     pub eos: Option<u32>,
     pub unk: Option<u32>,
     pub pad: Option<u32>,
+    /// End a turn, and a message that waits for a tool.
+    pub eot: Option<u32>,
+    pub eom: Option<u32>,
     /// All that end generation, the declared ones first.
     pub stop: Vec<u32>,
 }
