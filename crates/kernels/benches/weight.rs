@@ -7,7 +7,7 @@ mod common;
 use common::{best, context, numbers, read_bandwidth, tensor, wanted};
 use sparsam_dtype::{DType, codec};
 use sparsam_kernels::weight::{Weight, matmul, matmul_t};
-use sparsam_kernels::{Context, Memory, Precision, View};
+use sparsam_kernels::{Context, Memory, Pages, Precision, View};
 
 const LAYERS: usize = 30;
 
@@ -15,7 +15,7 @@ const LAYERS: usize = 30;
 const GROUPS: [(&[usize], usize); 4] =
     [(&[576, 192, 192], 576), (&[576], 576), (&[1536, 1536], 576), (&[576], 1536)];
 
-fn weight(dtype: DType, rows: usize, cols: usize, seed: u64) -> Weight {
+fn weight(pages: &mut Pages, dtype: DType, rows: usize, cols: usize, seed: u64) -> Weight {
     let len = dtype.bytes_for(rows * cols).expect("whole blocks");
     let mut bytes = vec![0; len];
     if codec::can_encode(dtype) {
@@ -23,7 +23,7 @@ fn weight(dtype: DType, rows: usize, cols: usize, seed: u64) -> Weight {
     } else {
         bytes = numbers(len, seed).iter().map(|v| (v * 128.0 + 128.0) as u8).collect();
     }
-    Weight::pack(dtype, rows, cols, &bytes).expect("a whole matrix")
+    Weight::pack_in(pages, dtype, rows, cols, &bytes).expect("a whole matrix")
 }
 
 /// One model: groups of weights over one activation, layer after layer, and the head.
@@ -35,12 +35,13 @@ struct Model {
 impl Model {
     fn new(dtype: DType, head: Option<DType>) -> Model {
         let fits = |k: usize| k.is_multiple_of(dtype.block_len());
+        let pages = &mut Pages::default();
         let groups = (0..LAYERS)
             .flat_map(|l| GROUPS.map(|g| (l, g)))
             .filter(|(_, (_, k))| fits(*k))
-            .map(|(l, (rows, k))| rows.iter().map(|&n| weight(dtype, n, k, l as u64)).collect())
+            .map(|(l, (rows, k))| rows.iter().map(|&n| weight(pages, dtype, n, k, l as u64)).collect())
             .collect();
-        Model { groups, head: head.map(|d| weight(d, 49152, 576, 99)) }
+        Model { groups, head: head.map(|d| weight(pages, d, 49152, 576, 99)) }
     }
 
     fn weights(&self) -> impl Iterator<Item = &Weight> {
@@ -139,7 +140,7 @@ fn main() {
     }
     if wanted("small") {
         for rows in [16, 64, 256] {
-            let w = weight(Q4_1, rows, 576, 3);
+            let w = weight(&mut Pages::default(), Q4_1, rows, 576, 3);
             let mut mem = Memory::new();
             let a = tensor(&mut mem, &[1, 576], 4);
             let out = View::contiguous(mem.add_owned(1536 * 4), F32, &[1, rows]);
@@ -150,7 +151,7 @@ fn main() {
     for dtype in [Q4_0, Q4_1, Q8_0] {
         let name = format!("{dtype} in cache");
         if wanted(&name) {
-            let w = weight(dtype, 1536, 576, 3);
+            let w = weight(&mut Pages::default(), dtype, 1536, 576, 3);
             let mut mem = Memory::new();
             let a = tensor(&mut mem, &[1, 576], 4);
             let out = View::contiguous(mem.add_owned(1536 * 4), F32, &[1, 1536]);
@@ -161,7 +162,7 @@ fn main() {
     }
     let name = "Q4_0 transposed";
     if wanted(name) {
-        let w = weight(Q4_0, 1536, 576, 3);
+        let w = weight(&mut Pages::default(), Q4_0, 1536, 576, 3);
         let mut mem = Memory::new();
         let a = tensor(&mut mem, &[1024, 1536], 4);
         let out = View::contiguous(mem.add_owned(1024 * 576 * 4), F32, &[1024, 576]);

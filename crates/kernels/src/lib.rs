@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod matmul;
 pub mod mem;
 pub mod movement;
+mod pages;
 mod pool;
 pub mod roof;
 pub mod row;
@@ -19,6 +20,7 @@ pub mod weight;
 
 pub use cpu::{Context, Cpu, Simd};
 pub use mem::{AlignedBytes, Memory, View};
+pub use pages::Pages;
 pub use pool::Pool;
 
 /// In what precision a matmul reads its activations; sums are f32 (8-bit: i32 per block, then f32).

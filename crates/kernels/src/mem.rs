@@ -5,6 +5,7 @@
 //! need no `unsafe` to hand one arena's pieces to one kernel as inputs and outputs.
 
 use crate::Error;
+use crate::pages::{self, Piece};
 use sparsam_dtype::{DType, Layout};
 use std::sync::Arc;
 
@@ -13,16 +14,46 @@ use std::sync::Arc;
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+/// Allocations of at least this many bytes are mapped in large pages of their own.
+const LARGE: usize = 8 << 20;
+
 /// A zeroed allocation of bytes, aligned to 64.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct AlignedBytes {
-    lines: Vec<Line>,
+    store: Store,
     len: usize,
+}
+
+enum Store {
+    Lines(Vec<Line>),
+    Piece(Piece),
+}
+
+impl Default for Store {
+    fn default() -> Store {
+        Store::Lines(Vec::new())
+    }
+}
+
+impl Clone for AlignedBytes {
+    fn clone(&self) -> AlignedBytes {
+        AlignedBytes::from_slice(self.bytes())
+    }
 }
 
 impl AlignedBytes {
     /// `len` zero bytes. Large ones cost no memory before they are touched: the system hands out zero pages.
     pub fn zeroed(len: usize) -> AlignedBytes {
+        if len >= LARGE
+            && let Some(bytes) = pages::alone(len)
+        {
+            return bytes;
+        }
+        AlignedBytes::zeroed_small(len)
+    }
+
+    /// [`AlignedBytes::zeroed`] from the global allocator.
+    pub(crate) fn zeroed_small(len: usize) -> AlignedBytes {
         let n = len.div_ceil(64);
         if n == 0 {
             return AlignedBytes::default();
@@ -37,7 +68,12 @@ impl AlignedBytes {
             }
             Vec::from_raw_parts(p, n, n)
         };
-        AlignedBytes { lines, len }
+        AlignedBytes { store: Store::Lines(lines), len }
+    }
+
+    /// The first `len` bytes of `piece`, which has at least as many.
+    pub(crate) fn from_piece(piece: Piece, len: usize) -> AlignedBytes {
+        AlignedBytes { store: Store::Piece(piece), len }
     }
 
     /// A copy of `bytes`.
@@ -59,12 +95,36 @@ impl AlignedBytes {
 
     /// All bytes.
     pub fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        match &self.store {
+            Store::Lines(lines) => &bytemuck::cast_slice(lines)[..self.len],
+            // SAFETY: a piece has `len` bytes of a mapping that it keeps, and they are this allocation's alone.
+            Store::Piece(piece) => unsafe { std::slice::from_raw_parts(piece.ptr, self.len) },
+        }
     }
 
     /// All bytes, writable.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        match &mut self.store {
+            Store::Lines(lines) => &mut bytemuck::cast_slice_mut(lines)[..self.len],
+            // SAFETY: as in `bytes`; `self` is borrowed mutably.
+            Store::Piece(piece) => unsafe { std::slice::from_raw_parts_mut(piece.ptr, self.len) },
+        }
+    }
+
+    /// Address of the first byte.
+    fn ptr(&mut self) -> *mut u8 {
+        match &mut self.store {
+            Store::Lines(lines) => lines.as_mut_ptr().cast(),
+            Store::Piece(piece) => piece.ptr,
+        }
+    }
+
+    /// Address of the first byte, to be read.
+    fn shared_ptr(&self) -> *const u8 {
+        match &self.store {
+            Store::Lines(lines) => lines.as_ptr().cast(),
+            Store::Piece(piece) => piece.ptr,
+        }
     }
 }
 
@@ -251,8 +311,8 @@ impl Memory {
     /// The address of a checked view's first element.
     fn address(&mut self, v: &View) -> Ptr {
         let base = match &mut self.slabs[v.slab] {
-            Slab::Owned(a) => a.lines.as_mut_ptr().cast::<u8>(),
-            Slab::Shared(a) => a.lines.as_ptr().cast::<u8>().cast_mut(),
+            Slab::Owned(a) => a.ptr(),
+            Slab::Shared(a) => a.shared_ptr().cast_mut(),
         };
         Ptr(base.wrapping_add(v.layout.offset * v.dtype.block_bytes()))
     }

@@ -20,8 +20,12 @@ use crate::matmul::pack::Lanes;
 use crate::matmul::tile::PANEL;
 use crate::matmul::{self, Out, Product, check_float, check_out};
 use crate::mem::Ptr;
-use crate::{AlignedBytes, Context, Error, Memory, Precision, View};
+use crate::{AlignedBytes, Context, Error, Memory, Pages, Precision, View};
 use sparsam_dtype::{DType, codec};
+
+/// Matrices of at least this many bytes are packed by several threads: starting one costs as much as packing some
+/// 100 KB.
+const PARALLEL_BYTES: usize = 2 << 20;
 
 /// An immutable matrix in packed form.
 #[derive(Clone)]
@@ -47,6 +51,30 @@ impl Weight {
     /// [`Error::Shape`] if the type cannot be decoded, a row is no whole number of blocks, or `bytes` has another
     /// length than the matrix.
     pub fn pack(dtype: DType, rows: usize, cols: usize, bytes: &[u8]) -> Result<Weight, Error> {
+        Weight::pack_with(AlignedBytes::zeroed, dtype, rows, cols, bytes)
+    }
+
+    /// [`Weight::pack`] into memory from `pages`, which many weights may share.
+    ///
+    /// # Errors
+    /// As [`Weight::pack`].
+    pub fn pack_in(
+        pages: &mut Pages,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+        bytes: &[u8],
+    ) -> Result<Weight, Error> {
+        Weight::pack_with(|len| pages.zeroed(len), dtype, rows, cols, bytes)
+    }
+
+    fn pack_with(
+        zeroed: impl FnOnce(usize) -> AlignedBytes,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+        bytes: &[u8],
+    ) -> Result<Weight, Error> {
         let refuse = |what: String| Err(Error::Shape { op: "weight", what });
         if !codec::can_decode(dtype) {
             return refuse(format!("{dtype} holds no weights; pass a float or block type"));
@@ -66,13 +94,28 @@ impl Weight {
         let mut data = AlignedBytes::default();
         if !bytes.is_empty() {
             let panel = cols.div_ceil(panel::group_len(dtype)) * panel::group_bytes(dtype) * PANEL;
-            data = AlignedBytes::zeroed(rows.div_ceil(PANEL) * panel);
-            let mut padded = vec![0; panel / PANEL]; // an odd row of bf16 ends in half a pair
-            for (panel, rows) in data.bytes_mut().chunks_mut(panel).zip(bytes.chunks(PANEL * row_bytes)) {
-                for (r, row) in rows.chunks(row_bytes).enumerate() {
-                    padded[..row_bytes].copy_from_slice(row);
-                    panel::interleave(dtype, &padded, r, panel);
+            let panels = rows.div_ceil(PANEL);
+            data = zeroed(panels * panel);
+            // Whole panels to each thread.
+            let threads = match bytes.len() {
+                PARALLEL_BYTES.. => std::thread::available_parallelism().map_or(1, |n| n.get()),
+                _ => 1,
+            };
+            let each = panels.div_ceil(threads);
+            let pack = |to: &mut [u8], from: &[u8]| {
+                for (panel, rows) in to.chunks_mut(panel).zip(from.chunks(PANEL * row_bytes)) {
+                    panel::interleave(dtype, rows, row_bytes, panel);
                 }
+            };
+            let parts = data.bytes_mut().chunks_mut(each * panel).zip(bytes.chunks(each * PANEL * row_bytes));
+            if threads == 1 {
+                parts.for_each(|(to, from)| pack(to, from));
+            } else {
+                std::thread::scope(|s| {
+                    for (to, from) in parts {
+                        s.spawn(move || pack(to, from));
+                    }
+                });
             }
         }
         Ok(Weight { dtype, rows, cols, data })

@@ -1,6 +1,6 @@
-//! A model of SmolLM2-135M's shape with made-up Q4_1 weights: one token at a time, and a prompt of 512.
+//! A model of SmolLM2-135M's shape with made-up Q4_1 weights and a Q8_0 head: one token at a time, and a prompt of 512.
 //!
-//! `cargo bench -p sparsam-runtime` prints what compiling did, the time of a run (best of several), where it goes by
+//! `cargo bench -p sparsam-runtime [-- decode|prompt] [compiled|eager]` prints what compiling did, the time of a run (best of several), where it goes by
 //! kind of kernel, and what the loop around the kernels costs.
 
 #[path = "../../compiler/tests/common/mod.rs"]
@@ -30,23 +30,27 @@ fn config(n_tokens: usize) -> Config {
     }
 }
 
-/// The graph once to learn its weights' names, and again over Q4_1 weights.
+/// The graph once to learn its weights' names, and again over rounded weights.
 fn model(n_tokens: usize) -> (Graph, Weights) {
     let c = config(n_tokens);
     let names = llama_in(&Trace::new(), &c, Precision::Int8);
     let (mut weights, mut shapes) = (Weights::new(), HashMap::new());
     for node in &names.nodes {
         let Op::Weight { name, shape, .. } = &node.op else { continue };
-        let dtype = if shape.len() == 2 { DType::Q4_1 } else { DType::F32 };
         let n: usize = shape.iter().product();
+        // Scale 1/64, minimum -1/8, codes of every kind; the embedding is the head, too.
+        let (dtype, head): (_, &[u8]) = match name.as_str() {
+            "embed" => (DType::Q8_0, &[0x00, 0x14]),
+            _ if shape.len() == 2 => (DType::Q4_1, &[0x00, 0x24, 0x00, 0xb0]),
+            _ => (DType::F32, &[]),
+        };
         if dtype == DType::F32 {
             weights.insert_f32(name, shape, &vec![1.0; n]).unwrap();
         } else {
-            // Scale 1/64, minimum -1/8, codes of every kind.
-            let block = |i: usize| -> Vec<u8> {
-                let mut b = vec![0x00, 0x24, 0x00, 0xb0];
-                b.extend((0..16).map(|j| (i * 31 + j * 57) as u8));
-                b
+            let codes = dtype.block_bytes() - head.len();
+            let block = |i: usize| {
+                let codes = (0..codes).map(move |j| (i * 31 + j * 57) as u8);
+                head.iter().copied().chain(codes)
             };
             let bytes: Vec<u8> = (0..n / 32).flat_map(block).collect();
             weights.insert(name, shape, dtype, &bytes).unwrap();
@@ -59,23 +63,32 @@ fn model(n_tokens: usize) -> (Graph, Weights) {
 fn main() {
     let device = Device::cpu(0).unwrap();
     println!("{device:?}");
-    for (n, repeat) in [(1, 50), (512, 3)] {
+    // One token at a position in the middle of llama-bench's tg128, one at 511, and a prompt from 0.
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let wanted =
+        |name: &str, other: &str| words.iter().any(|w| w == name) || !words.iter().any(|w| w == other);
+    for (n, first, repeat) in [(1, 64, 100), (1, 511, 50), (512, 0, 5)] {
+        if !(if n == 1 { wanted("decode", "prompt") } else { wanted("prompt", "decode") }) {
+            continue;
+        }
         let (graph, weights) = model(n);
         let weights = Arc::new(weights);
         for options in [Options::default(), Options::eager()] {
+            if !(if options.eager { wanted("eager", "compiled") } else { wanted("compiled", "eager") }) {
+                continue;
+            }
             let mut session = Session::new(&device, weights.clone());
             let start = Instant::now();
             let step = session.load(&graph, &options).unwrap();
             println!(
-                "\n{n} tokens, eager: {}; loaded in {:.1} ms",
+                "\n{n} tokens from position {first}, eager: {}; loaded in {:.1} ms",
                 options.eager,
                 start.elapsed().as_secs_f64() * 1e3
             );
             if !options.eager {
                 println!("{}", step.report());
             }
-            // One token at position 511, or a prompt from 0.
-            let positions: Vec<i32> = if n == 1 { vec![511] } else { (0..n as i32).collect() };
+            let positions: Vec<i32> = (first..first + n as i32).collect();
             let (zeros, table) = (vec![0; n], (0..512).collect::<Vec<i32>>());
             let inputs = [
                 ("tokens", Data::I32(&zeros)),

@@ -2,8 +2,8 @@
 
 use crate::Error;
 use sparsam_dtype::{DType, codec};
-use sparsam_kernels::AlignedBytes;
 use sparsam_kernels::weight::Weight;
+use sparsam_kernels::{AlignedBytes, Pages};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -28,6 +28,8 @@ pub(crate) struct Entry {
 #[derive(Clone, Default)]
 pub struct Weights {
     entries: HashMap<String, Entry>,
+    /// Where the next matrix is packed.
+    pages: Pages,
 }
 
 impl Weights {
@@ -47,7 +49,8 @@ impl Weights {
         let refuse = |what: String| Error::Weight { name: name.to_string(), what };
         let entry = match *shape {
             [rows, cols] => {
-                let weight = Weight::pack(dtype, rows, cols, bytes).map_err(|e| refuse(e.to_string()))?;
+                let weight = Weight::pack_in(&mut self.pages, dtype, rows, cols, bytes)
+                    .map_err(|e| refuse(e.to_string()))?;
                 Entry { shape: shape.to_vec(), dtype, stored: Stored::Packed(Arc::new(weight)) }
             }
             _ => {

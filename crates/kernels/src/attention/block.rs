@@ -482,15 +482,27 @@ pub(super) unsafe fn pack_transposed<V: Transpose>(
                 let n = (dim - d).min(V::LANES);
                 let mut rows = [V::splat(0.0); 16];
                 if n == V::LANES && as_type == DType::F32 {
-                    (0..V::LANES).for_each(|i| rows[i] = V::load(from[i].cast::<f32>().add(d)));
+                    for i in 0..V::LANES {
+                        rows[i] = V::load(from[i].cast::<f32>().add(d));
+                    }
+                } else if n == V::LANES && as_type == DType::F16 {
+                    for i in 0..V::LANES {
+                        rows[i] = V::load_f16(from[i].cast::<u16>().add(d));
+                    }
                 } else {
-                    (0..V::LANES).for_each(|i| rows[i] = load(as_type, from[i], d, n));
+                    for i in 0..V::LANES {
+                        rows[i] = load(as_type, from[i], d, n);
+                    }
                 }
                 V::transpose(&mut rows);
                 if n == V::LANES {
-                    (0..V::LANES).for_each(|i| rows[i].store(to.add((d + i) * PANEL)));
+                    for i in 0..V::LANES {
+                        rows[i].store(to.add((d + i) * PANEL));
+                    }
                 } else {
-                    (0..n).for_each(|i| rows[i].store(to.add((d + i) * PANEL)));
+                    for i in 0..n {
+                        rows[i].store(to.add((d + i) * PANEL));
+                    }
                 }
             }
         }

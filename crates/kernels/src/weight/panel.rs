@@ -62,16 +62,41 @@ fn walk(dtype: DType, n: usize, mut copy: impl FnMut(usize, usize, usize)) {
     }
 }
 
-/// Puts the bytes of row `r` of a panel, whole groups from the start, into their places.
-pub(super) fn interleave(dtype: DType, row: &[u8], r: usize, panel: &mut [u8]) {
-    walk(dtype, row.len() / group_bytes(dtype), |from, to, unit| {
-        let to = to + r * unit;
-        match unit {
-            4 => panel[to..to + 4].copy_from_slice(&row[from..from + 4]),
-            2 => panel[to..to + 2].copy_from_slice(&row[from..from + 2]),
-            _ => panel[to..to + unit].copy_from_slice(&row[from..from + unit]),
+/// Puts up to 16 rows of `row_bytes` each into their places in a panel of zeros.
+pub(super) fn interleave(dtype: DType, rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
+    let bytes = group_bytes(dtype);
+    // An odd row of bf16 ends in half a pair.
+    let whole = row_bytes / bytes * bytes;
+    for g in (0..whole).step_by(bytes) {
+        let mut field = g;
+        for &(len, unit) in fields(dtype) {
+            let to = &mut panel[field * PANEL..][..len * PANEL];
+            match unit {
+                1 => units::<1>(rows, row_bytes, field, to),
+                2 => units::<2>(rows, row_bytes, field, to),
+                4 => units::<4>(rows, row_bytes, field, to),
+                _ => units::<8>(rows, row_bytes, field, to),
+            }
+            field += len;
         }
-    });
+    }
+    for (r, row) in rows.chunks(row_bytes).enumerate() {
+        let rest = &row[whole..];
+        if !rest.is_empty() {
+            panel[whole * PANEL + r * bytes..][..rest.len()].copy_from_slice(rest);
+        }
+    }
+}
+
+/// Interleaves one field, `from` bytes into each row, in units of `U` bytes.
+fn units<const U: usize>(rows: &[u8], row_bytes: usize, from: usize, to: &mut [u8]) {
+    for (i, to) in to.chunks_exact_mut(U * PANEL).enumerate() {
+        let at = from + i * U;
+        for (to, row) in to.chunks_exact_mut(U).zip(rows.chunks_exact(row_bytes)) {
+            let unit: [u8; U] = row[at..at + U].try_into().expect("a unit");
+            to.copy_from_slice(&unit);
+        }
+    }
 }
 
 /// The file's bytes of row `r`; `panel` starts at the first group wanted, `row` holds a whole number of groups.
