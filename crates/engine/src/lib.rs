@@ -1,12 +1,42 @@
 //! From a file to text: loading, KV cache, sampling, generation and evaluation.
 //!
-//! [`open`] looks at a model; [`Engine::load`] packs its weights; [`Engine::runner`] gives the cache and the compiled
+//! [`open`] looks at a model; [`Engine::load`] packs its weights; [`Engine::runner`] gives a cache and the compiled
 //! steps; [`generate`] continues a text; [`perplexity`] scores one. The same steps serve one prompt, a chat, and many
 //! sequences at once.
+//!
+//! ```no_run
+//! use sparsam_engine::{Engine, Options, Request, generate};
+//! use std::ops::ControlFlow;
+//! let engine = Engine::load("model.gguf".as_ref(), &Options::default())?;
+//! let mut runner = engine.runner(1)?;
+//! let mut sequence = runner.sequence();
+//! let prompt = engine.encode("The capital of France is")?;
+//! let request = Request { prompt, max_tokens: Some(8), ..Request::default() };
+//! let answer = generate(&mut runner, &mut sequence, engine.tokenizer()?, &request, &mut |text| {
+//!     print!("{text}");
+//!     ControlFlow::Continue(())
+//! })?;
+//! println!("\n{:.0} tokens a second", answer.generation_rate().unwrap_or_default());
+//! # Ok::<(), sparsam_engine::Error>(())
+//! ```
 #![forbid(unsafe_code)]
 
+mod bench;
+mod engine;
 mod error;
+mod generate;
 mod open;
+mod perplexity;
+mod runner;
+mod sample;
+mod stop;
 
+pub use bench::{Roofs, Timing, bench_generate, bench_prompt, roofs};
+pub use engine::{DEFAULT_CONTEXT, Engine, Options};
 pub use error::Error;
+pub use generate::{Finish, Generated, Request, generate};
 pub use open::{Opened, open};
+pub use perplexity::{Perplexity, Protocol, Windows, negative_log_likelihood, perplexity};
+pub use runner::{Feed, Runner, RunnerOptions, Sequence, Want};
+pub use sample::{Sampler, Sampling};
+pub use sparsam_tokenizer::Message;

@@ -1,6 +1,7 @@
 //! Threads and instructions.
 
 use crate::Error;
+use sparsam_kernels::roof::{self, Arithmetic};
 use sparsam_kernels::{Context, Cpu};
 use std::sync::Arc;
 
@@ -35,6 +36,16 @@ impl Device {
     /// Instructions in use.
     pub fn cpu_features(&self) -> Cpu {
         self.context.cpu()
+    }
+
+    /// Bytes per second that all threads together read from memory, measured now (a tenth of a second).
+    pub fn read_bandwidth(&self) -> f64 {
+        roof::read_bandwidth(&self.context)
+    }
+
+    /// Operations per second of all threads together out of registers, measured now (a tenth of a second).
+    pub fn peak(&self, kind: Arithmetic) -> f64 {
+        roof::peak(&self.context, kind)
     }
 
     pub(crate) fn context(&self) -> &Context {

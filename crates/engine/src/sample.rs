@@ -1,0 +1,243 @@
+//! Choosing the next token.
+//!
+//! The chain is llama.cpp's: repeat penalty, top-k, top-p, min-p, temperature, draw.
+
+use crate::Error;
+use rand_core::{RngCore, SeedableRng};
+use rand_pcg::Pcg64;
+
+/// How to choose. The default is greedy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the likeliest token always.
+    pub temperature: f32,
+    /// Only the k likeliest tokens; 0: all.
+    pub top_k: usize,
+    /// Only the likeliest tokens that together have this probability (Holtzman et al. 2020); 1: all.
+    pub top_p: f32,
+    /// Only tokens at least this likely, as a share of the likeliest one's probability; 0: all.
+    pub min_p: f32,
+    /// Logits of tokens among the last [`Sampling::repeat_last`] are divided (if negative: multiplied) by this
+    /// (Keskar et al. 2019); 1: no change.
+    pub repeat_penalty: f32,
+    /// How many tokens back the penalty looks.
+    pub repeat_last: usize,
+    /// The same seed gives the same tokens.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Sampling {
+        Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repeat_penalty: 1.0,
+            repeat_last: 64,
+            seed: 0,
+        }
+    }
+}
+
+impl Sampling {
+    /// # Errors
+    /// If a setting is outside of its range.
+    pub fn check(&self) -> Result<(), Error> {
+        let ranges: [(&'static str, f32, bool, &'static str); 4] = [
+            (
+                "temperature",
+                self.temperature,
+                self.temperature >= 0.0 && self.temperature.is_finite(),
+                "it must be 0 (greedy) or more",
+            ),
+            (
+                "top-p",
+                self.top_p,
+                self.top_p > 0.0 && self.top_p <= 1.0,
+                "it must be above 0 and at most 1 (1 keeps all)",
+            ),
+            (
+                "min-p",
+                self.min_p,
+                (0.0..=1.0).contains(&self.min_p),
+                "it must be between 0 (keeps all) and 1",
+            ),
+            (
+                "repeat-penalty",
+                self.repeat_penalty,
+                self.repeat_penalty > 0.0 && self.repeat_penalty.is_finite(),
+                "it must be above 0 (1 changes nothing)",
+            ),
+        ];
+        match ranges.into_iter().find(|(_, _, ok, _)| !ok) {
+            Some((name, value, _, wanted)) => Err(Error::Setting { name, value: value as f64, wanted }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Chooses tokens one after the other; holds the random state.
+pub struct Sampler {
+    sampling: Sampling,
+    rng: Pcg64,
+    candidates: Vec<(f32, u32)>,
+}
+
+impl Sampler {
+    /// # Errors
+    /// As [`Sampling::check`].
+    pub fn new(sampling: &Sampling) -> Result<Sampler, Error> {
+        sampling.check()?;
+        let rng = Pcg64::seed_from_u64(sampling.seed);
+        Ok(Sampler { sampling: sampling.clone(), rng, candidates: Vec::new() })
+    }
+
+    /// The next token after `history`, given its `logits` (vocab_size); `None` if they are not finite numbers. Among
+    /// equals the lowest id is taken first.
+    pub fn choose(&mut self, logits: &[f32], history: &[u32]) -> Option<u32> {
+        // -inf is a token that cannot come; NaN and +inf are no logits.
+        if logits.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
+            return None;
+        }
+        let s = &self.sampling;
+        let mut penalised = Vec::new();
+        if s.repeat_penalty != 1.0 {
+            penalised.extend_from_slice(&history[history.len().saturating_sub(s.repeat_last)..]);
+            penalised.sort_unstable();
+            penalised.dedup();
+        }
+        let logit = |id: u32| {
+            let x = logits[id as usize];
+            match penalised.binary_search(&id) {
+                Ok(_) if x > 0.0 => x / s.repeat_penalty,
+                Ok(_) => x * s.repeat_penalty,
+                Err(_) => x,
+            }
+        };
+        let ids = 0..logits.len() as u32;
+        if s.temperature == 0.0 {
+            let best = ids.map(|id| (logit(id), id)).reduce(|a, b| if b.0 > a.0 { b } else { a })?;
+            return (best.0 > f32::NEG_INFINITY).then_some(best.1);
+        }
+        let c = &mut self.candidates;
+        c.clear();
+        c.extend(ids.map(|id| (logit(id), id)));
+        let likelier = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        if (1..c.len()).contains(&s.top_k) {
+            c.select_nth_unstable_by(s.top_k - 1, likelier);
+            c.truncate(s.top_k);
+        }
+        c.sort_unstable_by(likelier);
+        let max = c.first()?.0;
+        if max == f32::NEG_INFINITY {
+            return None;
+        }
+        if s.top_p < 1.0 {
+            let total: f64 = c.iter().map(|x| ((x.0 - max) as f64).exp()).sum();
+            let mut sum = 0.0;
+            let enough = c.iter().position(|x| {
+                sum += ((x.0 - max) as f64).exp();
+                sum >= s.top_p as f64 * total
+            });
+            c.truncate(enough.map_or(c.len(), |i| i + 1));
+        }
+        if s.min_p > 0.0 {
+            let least = max + s.min_p.ln();
+            let kept = c.iter().take_while(|x| x.0 >= least).count();
+            c.truncate(kept.max(1));
+        }
+        let weight = |x: &(f32, u32)| (((x.0 - max) / s.temperature) as f64).exp();
+        let total: f64 = c.iter().map(weight).sum();
+        // 53 random bits: uniform in [0, 1).
+        let mut left = (self.rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64 * total;
+        for x in c.iter() {
+            left -= weight(x);
+            if left < 0.0 {
+                return Some(x.1);
+            }
+        }
+        c.last().map(|x| x.1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(change: impl FnOnce(&mut Sampling)) -> Sampler {
+        let mut sampling = Sampling { temperature: 1.0, ..Sampling::default() };
+        change(&mut sampling);
+        Sampler::new(&sampling).unwrap()
+    }
+
+    /// How often each of four tokens is drawn in 20000 draws, as shares.
+    fn shares(mut s: Sampler, logits: &[f32]) -> Vec<f64> {
+        let mut counts = vec![0.0; logits.len()];
+        (0..20_000).for_each(|_| counts[s.choose(logits, &[]).unwrap() as usize] += 1.0 / 20_000.0);
+        counts
+    }
+
+    fn logs(p: [f32; 4]) -> [f32; 4] {
+        p.map(f32::ln)
+    }
+
+    #[track_caller]
+    fn close(got: &[f64], want: [f64; 4]) {
+        // Five standard deviations of a share of 20000 draws.
+        assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 5.0 * 0.0036), "{got:?}, not {want:?}");
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let p = logs([0.1, 0.4, 0.3, 0.2]);
+        close(&shares(sampler(|_| ()), &p), [0.1, 0.4, 0.3, 0.2]);
+        close(&shares(sampler(|s| s.top_k = 2), &p), [0.0, 4.0 / 7.0, 3.0 / 7.0, 0.0]);
+        close(&shares(sampler(|s| s.top_p = 0.65), &p), [0.0, 4.0 / 7.0, 3.0 / 7.0, 0.0]);
+        close(&shares(sampler(|s| s.min_p = 0.45), &p), [0.0, 4.0 / 9.0, 3.0 / 9.0, 2.0 / 9.0]);
+        // Temperature 1/2 squares probabilities.
+        close(
+            &shares(sampler(|s| s.temperature = 0.5), &p),
+            [1.0 / 30.0, 16.0 / 30.0, 9.0 / 30.0, 4.0 / 30.0],
+        );
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_likeliest() {
+        let mut s = sampler(|s| s.temperature = 0.0);
+        assert_eq!(s.choose(&[1.0, 3.0, 3.0, -f32::INFINITY], &[]), Some(1));
+        assert_eq!(s.choose(&[1.0, f32::NAN], &[]), None);
+        assert_eq!(s.choose(&[-f32::INFINITY; 2], &[]), None);
+    }
+
+    #[test]
+    fn repeated_tokens_lose() {
+        let mut s = sampler(|s| (s.temperature, s.repeat_penalty, s.repeat_last) = (0.0, 2.0, 2));
+        assert_eq!(s.choose(&[3.0, 2.0, -1.0], &[0]), Some(1));
+        assert_eq!(s.choose(&[3.0, 2.0, -1.0], &[0, 2, 2]), Some(0), "only the last two tokens count");
+        assert_eq!(s.choose(&[-1.0, -1.5], &[0]), Some(1), "negative logits are multiplied");
+    }
+
+    #[test]
+    fn the_seed_decides() {
+        let draw = |seed| {
+            let mut s = sampler(|s| s.seed = seed);
+            (0..64).map(|_| s.choose(&[0.0; 16], &[]).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(draw(7), draw(7));
+        assert_ne!(draw(7), draw(8));
+    }
+
+    #[test]
+    fn settings_out_of_range_are_named() {
+        let bad = [
+            Sampling { temperature: -1.0, ..Sampling::default() },
+            Sampling { top_p: 0.0, ..Sampling::default() },
+            Sampling { min_p: 2.0, ..Sampling::default() },
+            Sampling { repeat_penalty: f32::NAN, ..Sampling::default() },
+        ];
+        for (s, name) in bad.iter().zip(["temperature", "top-p", "min-p", "repeat-penalty"]) {
+            assert!(s.check().unwrap_err().to_string().starts_with(name));
+        }
+    }
+}

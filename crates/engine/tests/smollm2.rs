@@ -1,0 +1,222 @@
+//! The real model: what transformers says of it, and what the engine promises.
+
+use serde::Deserialize;
+use sparsam_engine::{
+    Engine, Error, Feed, Finish, Generated, Message, Options, Protocol, Request, Sampling, Want, Windows,
+    generate, perplexity,
+};
+use std::ops::ControlFlow;
+
+#[derive(Deserialize)]
+struct Golden {
+    continuations: Vec<Continuation>,
+    text_tokens: usize,
+    perplexity_512: f64,
+    scored_512: usize,
+    perplexity_512_stride_256: f64,
+    scored_512_stride_256: usize,
+}
+
+#[derive(Deserialize)]
+struct Continuation {
+    prompt: Option<String>,
+    messages: Option<Vec<Message>>,
+    prompt_ids: Vec<u32>,
+    next_ids: Vec<u32>,
+}
+
+fn golden() -> Golden {
+    serde_json::from_str(include_str!("golden/smollm2.json")).unwrap()
+}
+
+/// The real model; `None` if the user wants no tests on it, which the test kit says.
+fn engine(options: Options) -> Option<Engine> {
+    Some(Engine::load(&sparsam_testkit::smollm2()?, &options).unwrap())
+}
+
+fn exact() -> Options {
+    Options { exact: true, ..Options::default() }
+}
+
+fn answer(engine: &Engine, request: &Request) -> Generated {
+    let mut runner = engine.runner(1).unwrap();
+    let mut sequence = runner.sequence();
+    let mut streamed = String::new();
+    let mut on_text = |piece: &str| {
+        streamed += piece;
+        ControlFlow::Continue(())
+    };
+    let answer =
+        generate(&mut runner, &mut sequence, engine.tokenizer().unwrap(), request, &mut on_text).unwrap();
+    assert_eq!(answer.text, streamed);
+    answer
+}
+
+#[test]
+fn greedy_answers_are_those_of_transformers() {
+    let Some(engine) = engine(exact()) else { return };
+    for c in golden().continuations {
+        let prompt = match (&c.prompt, &c.messages) {
+            (Some(text), _) => engine.encode(text).unwrap(),
+            (None, messages) => engine.encode_dialogue(messages.as_ref().unwrap()).unwrap(),
+        };
+        assert_eq!(prompt, c.prompt_ids, "{:?}", c.prompt);
+        let n = c.next_ids.len();
+        let request = Request { prompt, max_tokens: Some(n), ignore_end: true, ..Request::default() };
+        assert_eq!(answer(&engine, &request).tokens, c.next_ids, "{:?}", c.prompt);
+    }
+}
+
+fn measure(engine: &Engine, windows: Windows) -> sparsam_engine::Perplexity {
+    let text = include_str!("golden/shakespeare-head.txt");
+    let tokens = engine.encode(text).unwrap();
+    assert_eq!(tokens.len(), golden().text_tokens);
+    let protocol = Protocol { context: 512, windows, chunks: None };
+    perplexity(engine, &tokens, &protocol, &mut |_, _, _| ControlFlow::Continue(())).unwrap()
+}
+
+#[test]
+fn exact_perplexity_is_that_of_pytorch() {
+    let Some(engine) = engine(exact()) else { return };
+    let golden = golden();
+    for (windows, want, scored) in [
+        (Windows::SideBySide, golden.perplexity_512, golden.scored_512),
+        (Windows::Sliding(256), golden.perplexity_512_stride_256, golden.scored_512_stride_256),
+    ] {
+        let got = measure(&engine, windows);
+        assert_eq!(got.tokens_scored, scored);
+        // Sums in f32 in another order: a few 1e-6 of each logit.
+        assert!((got.perplexity / want - 1.0).abs() < 1e-4, "{windows:?}: {got:?}, not {want}");
+    }
+}
+
+#[test]
+fn fast_perplexity_is_at_most_half_a_percent_above() {
+    let Some(engine) = engine(Options::default()) else { return };
+    let (got, want) = (measure(&engine, Windows::SideBySide), golden().perplexity_512);
+    let loss = got.perplexity / want - 1.0;
+    assert!((-0.005..0.005).contains(&loss), "{got:?}, {want} exact");
+}
+
+/// Logits after each of `tokens`, fed in parts of these sizes.
+fn logits(engine: &Engine, tokens: &[u32], parts: &[usize]) -> Vec<f32> {
+    let mut runner = engine.runner_with(1, 512).unwrap();
+    let mut sequence = runner.sequence();
+    let (mut all, mut rest) = (Vec::new(), tokens);
+    for &n in parts {
+        let (now, later) = rest.split_at(n);
+        let feed = Feed { sequence: &mut sequence, tokens: now, want: Want::From(0) };
+        all.extend_from_slice(runner.run(&mut [feed]).unwrap());
+        rest = later;
+    }
+    assert!(rest.is_empty());
+    all
+}
+
+#[test]
+fn how_a_text_is_cut_and_what_runs_beside_it_changes_no_bit() {
+    for options in [Options::default(), exact()] {
+        let Some(engine) = engine(options) else { return };
+        let tokens = engine.encode("One two three four five six seven eight nine ten.").unwrap();
+        let whole = logits(&engine, &tokens, &[tokens.len()]);
+        let ones = vec![1; tokens.len()];
+        assert!(logits(&engine, &tokens, &ones) == whole, "token by token");
+        assert!(logits(&engine, &tokens, &[3, tokens.len() - 3]) == whole, "in two parts");
+
+        let other = engine.encode("Something else altogether").unwrap();
+        let mut runner = engine.runner_with(2, 512).unwrap();
+        let (mut a, mut b) = (runner.sequence(), runner.sequence());
+        let both = runner
+            .run(&mut [
+                Feed { sequence: &mut b, tokens: &other, want: Want::Last },
+                Feed { sequence: &mut a, tokens: &tokens, want: Want::From(0) },
+            ])
+            .unwrap();
+        assert!(both[runner_row(&engine)..] == whole[..], "beside another text");
+    }
+}
+
+/// Numbers in a row of logits.
+fn runner_row(engine: &Engine) -> usize {
+    engine.model().facts().vocab_size
+}
+
+#[test]
+fn eager_and_compiled_agree() {
+    let Some(compiled) = engine(exact()) else { return };
+    let Some(eager) = engine(Options { eager: true, ..exact() }) else { return };
+    let tokens = compiled.encode("The sea was calm that evening.").unwrap();
+    let (a, b) = (logits(&compiled, &tokens, &[tokens.len()]), logits(&eager, &tokens, &[tokens.len()]));
+    let (at, off) = sparsam_testkit::max_abs_diff(&a, &b);
+    // Logits are up to 40; 30 layers of sums in f32 that differ in order.
+    assert!(off < 2e-3, "logit {at}: {} compiled, {} eager", a[at], b[at]);
+}
+
+#[test]
+fn answers_end_where_they_should() {
+    let Some(engine) = engine(Options::default()) else { return };
+    let prompt = engine.encode("The first ten numbers are 1, 2, 3, 4,").unwrap();
+    let request = Request { prompt, max_tokens: Some(24), ..Request::default() };
+    let whole = answer(&engine, &request);
+    assert_eq!((whole.finish, whole.tokens.len()), (Finish::Length, 24));
+
+    let cut = answer(&engine, &Request { stops: vec![" 6".into(), "never".into()], ..request.clone() });
+    assert_eq!(cut.finish, Finish::Stop);
+    assert_eq!(cut.text, whole.text[..whole.text.find(" 6").unwrap()]);
+
+    let sampled = |seed| {
+        let sampling = Sampling { temperature: 1.5, seed, ..Sampling::default() };
+        answer(&engine, &Request { sampling, ..request.clone() }).text
+    };
+    assert_eq!(sampled(1), sampled(1));
+    assert_ne!(sampled(1), sampled(2));
+}
+
+#[test]
+fn a_chat_reads_only_what_is_new() {
+    let Some(engine) = engine(Options::default()) else { return };
+    let mut runner = engine.runner(1).unwrap();
+    let mut sequence = runner.sequence();
+    let mut dialogue = vec![Message::new("user", "Name a colour.")];
+    let mut ask = |dialogue: &[Message]| {
+        let prompt = engine.encode_dialogue(dialogue).unwrap();
+        let request = Request { prompt: prompt.clone(), max_tokens: Some(16), ..Request::default() };
+        let tokenizer = engine.tokenizer().unwrap();
+        let answer =
+            generate(&mut runner, &mut sequence, tokenizer, &request, &mut |_| ControlFlow::Continue(()))
+                .unwrap();
+        (prompt.len(), answer)
+    };
+    let (_, first) = ask(&dialogue);
+    dialogue.push(Message::new("assistant", first.text));
+    dialogue.push(Message::new("user", "And another."));
+    let (length, second) = ask(&dialogue);
+    assert!(second.prompt_tokens < length / 2, "{} of {length} read again", second.prompt_tokens);
+    let prompt = engine.encode_dialogue(&dialogue).unwrap();
+    let fresh = answer(&engine, &Request { prompt, max_tokens: Some(16), ..Request::default() });
+    assert_eq!(second.tokens, fresh.tokens);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_numbers() {
+    let Some(engine) = engine(Options { context: Some(32), ..Options::default() }) else { return };
+    let mut runner = engine.runner(1).unwrap();
+    let mut sequence = runner.sequence();
+    let tokens = vec![1; 33];
+    let e = runner.append(&mut sequence, &tokens).unwrap_err();
+    assert!(matches!(e, Error::TooLong { tokens: 33, room: 32, context: 32, made_for: 8192 }), "{e}");
+    assert!(matches!(runner.append(&mut sequence, &[]).unwrap_err(), Error::EmptyPrompt));
+    assert!(matches!(runner.append(&mut sequence, &[49152]).unwrap_err(), Error::TokenId { id: 49152, .. }));
+    assert!(sequence.tokens().is_empty(), "a refused prompt leaves nothing behind");
+
+    // Full to the last token, and then the answer says why it ended.
+    let request = Request { prompt: tokens[..30].to_vec(), ignore_end: true, ..Request::default() };
+    let tokenizer = engine.tokenizer().unwrap();
+    let full = generate(&mut runner, &mut sequence, tokenizer, &request, &mut |_| ControlFlow::Continue(()))
+        .unwrap();
+    assert_eq!((full.finish, full.tokens.len()), (Finish::Context, 3));
+
+    let beyond = Options { context: Some(9000), ..Options::default() };
+    let path = sparsam_testkit::smollm2().unwrap();
+    assert!(Engine::load(&path, &beyond).err().unwrap().to_string().contains("made for 8192"));
+}
