@@ -3,9 +3,12 @@
 //! One command is one file: its arguments, and what it prints. Everything that computes lives in the other crates.
 #![forbid(unsafe_code)]
 
+mod bench;
+mod eval;
 mod info;
+mod load;
 mod model;
-#[allow(dead_code)] // bars and durations are for the commands that come next
+mod run;
 mod text;
 
 use clap::{Parser, Subcommand};
@@ -21,12 +24,18 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Run(run::Args),
     Info(info::Args),
+    Eval(eval::Args),
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Run(args) => run::run(args),
         Command::Info(args) => info::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Bench(args) => bench::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

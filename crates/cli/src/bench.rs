@@ -1,0 +1,113 @@
+//! `sparsam bench`: speed, beside what the machine allows.
+
+use crate::load::{Load, positive};
+use crate::text;
+use serde_json::json;
+use sparsam_engine::{Timing, bench_generate, bench_prompt, roofs};
+
+/// Measure speed: prompts and generation of a model, as shares of the machine's roofs
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  sparsam bench model.gguf                       pp512 and tg128, as llama-bench names them
+  sparsam bench model.gguf -p 2048 -n 0 -r 5
+  sparsam bench model.gguf --profile             time by kind of kernel
+  SPARSAM_SIMD=avx2 sparsam bench model.gguf     with other instructions
+
+Shares: generation against memory bandwidth (every weight is read once a token), prompts against peak arithmetic
+(8-bit integers, or f32 with --exact); both roofs are measured first.")]
+pub struct Args {
+    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    model: String,
+    /// Tokens of the prompt (0: leave it out)
+    #[arg(long, short = 'p', default_value_t = 512, value_name = "N")]
+    prompt: usize,
+    /// Tokens to generate (0: leave it out)
+    #[arg(long, short = 'n', default_value_t = 128, value_name = "N")]
+    generate: usize,
+    /// Repetitions, after one that does not count
+    #[arg(long, short = 'r', default_value_t = 3, value_name = "N", value_parser = positive)]
+    repeat: usize,
+    #[command(flatten)]
+    load: Load,
+    /// Add the time by kind of kernel
+    #[arg(long)]
+    profile: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let engine = args.load.engine(&args.model, None)?;
+    eprintln!("{}", engine.describe());
+    let roofs = roofs(&engine, args.prompt)?;
+    let mut measured: Vec<(String, Timing, f64, &str)> = Vec::new();
+    if args.prompt > 0 {
+        let timing = bench_prompt(&engine, args.prompt, args.repeat)?;
+        measured.push((format!("pp{}", args.prompt), timing, roofs.prompt(), "arithmetic"));
+    }
+    if args.generate > 0 {
+        let timing = bench_generate(&engine, args.generate, args.repeat)?;
+        measured.push((format!("tg{}", args.generate), timing, roofs.generation(), "bandwidth"));
+    }
+    if args.json {
+        let tests = measured.iter().map(|(name, t, roof, of)| {
+            let value = json!({
+                "tokens_per_second": t.rate(), "seconds": t.seconds, "roof_tokens_per_second": roof,
+                "share_of_roof": t.rate() / roof, "roof": of,
+            });
+            (name.clone(), value)
+        });
+        let mut value = serde_json::Value::Object(tests.collect());
+        value["read_bandwidth"] = roofs.bandwidth.into();
+        value["peak_arithmetic"] = roofs.arithmetic.into();
+        value["bytes_per_token"] = roofs.bytes_per_token.into();
+        value["flops_per_token"] = roofs.flops_per_token.into();
+        value["runs_on"] = engine.describe().into();
+        text::say_json(&value)?;
+    } else {
+        let rows: Vec<Vec<String>> = measured
+            .iter()
+            .map(|(name, t, roof, of)| {
+                let (least, most) = t.range();
+                let share = format!("{:.0}% of {of}", 100.0 * t.rate() / roof);
+                vec![
+                    name.clone(),
+                    format!("{:.1}", t.rate()),
+                    format!("{least:.1} - {most:.1}"),
+                    format!("{roof:.0}"),
+                    share,
+                ]
+            })
+            .collect();
+        text::say(text::table(&["test", "tokens/s", "range", "roof", "share"], &rows))?;
+        text::say(format_args!(
+            "\nroofs: {:.1} GB/s read, {:.0} Gop/s; a token reads {}, a token of a prompt takes {:.0} Mop",
+            roofs.bandwidth / 1e9,
+            roofs.arithmetic / 1e9,
+            text::bytes(roofs.bytes_per_token as usize),
+            roofs.flops_per_token / 1e6
+        ))?;
+    }
+    if args.profile {
+        for (what, n) in [("prompt", args.prompt), ("generation", args.generate)] {
+            if n == 0 {
+                continue;
+            }
+            let mut runner = engine.runner(1)?;
+            let mut sequence = runner.sequence();
+            let step = if what == "prompt" { n } else { 1 };
+            for warm in [true, false] {
+                runner.truncate(&mut sequence, 0);
+                runner.set_profiling(!warm);
+                for _ in 0..n.div_ceil(step) {
+                    runner.append(&mut sequence, &vec![0; step])?;
+                }
+            }
+            if let Some(profile) = runner.profile() {
+                eprintln!("\n{what} of {n}:\n{profile}");
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,146 @@
+//! The binary as a person uses it: results on stdout, words on stderr, exit codes, and what it says of bad input.
+
+use serde_json::Value;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn sparsam(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sparsam")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn stdout(out: &Output) -> String {
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{err}");
+    String::from_utf8(out.stdout.clone()).unwrap()
+}
+
+#[track_caller]
+fn fails(args: &[&str], code: i32, says: &str) {
+    let out = sparsam(args);
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {err}");
+    assert!(err.contains(says), "{args:?} should say {says:?}:\n{err}");
+    assert!(out.stdout.is_empty(), "{args:?} printed a result");
+}
+
+/// The real model's path; `None` if the user wants no tests on it.
+fn model() -> Option<String> {
+    Some(sparsam_testkit::smollm2()?.to_str().unwrap().to_string())
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_failures_with_1() {
+    fails(&["run"], 2, "MODEL");
+    fails(&["fly"], 2, "fly");
+    fails(&["run", "m.gguf", "hi", "--temprature", "1"], 2, "--temperature");
+    fails(&["run", "no-such.gguf", "hi"], 1, "no-such.gguf: no such file or folder");
+    let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    fails(&["info", here], 1, "neither GGUF nor safetensors");
+    fails(&["run", here, "hi", "--top-p", "0"], 1, "top-p is 0");
+}
+
+#[test]
+fn damaged_files_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cut.gguf");
+    let Some(model) = model() else { return };
+    let head = &std::fs::read(model).unwrap()[..3_000_000];
+    std::fs::write(&file, head).unwrap();
+    fails(&["info", file.to_str().unwrap()], 1, "cut.gguf");
+    std::fs::write(&file, &head[..100]).unwrap();
+    fails(&["run", file.to_str().unwrap(), "hi"], 1, "cut.gguf");
+}
+
+#[test]
+fn info_tells_what_a_model_is() {
+    let Some(model) = model() else { return };
+    let info: Value = serde_json::from_str(&stdout(&sparsam(&["info", &model, "--json"]))).unwrap();
+    assert_eq!(info["architecture"], "llama");
+    assert_eq!(info["parameters"], 134_515_008);
+    assert_eq!(info["context_length"], 8192);
+    assert_eq!(info["types"]["Q4_1"]["tensors"], 210);
+    // 30 layers * 2 * 3 heads * 64 * 2 bytes.
+    assert_eq!(info["memory"][0]["cache_bytes_f16"], 23040 * 512);
+    let text = stdout(&sparsam(&["info", &model]));
+    assert!(text.contains("134.5M (134515008)") && text.contains("Q4_1"), "{text}");
+}
+
+#[test]
+fn run_answers_and_says_how_fast() {
+    let Some(model) = model() else { return };
+    let args = ["run", &model, "--raw", "The capital of France is", "-n", "6", "--temperature", "0"];
+    let out = sparsam(&args);
+    let text = stdout(&out);
+    assert!(text.contains("Paris"), "{text}");
+    assert!(!text.contains("The capital"), "the prompt is not repeated: {text}");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(said.contains("prompt 5 tokens") && said.contains("cut at --max-tokens"), "{said}");
+
+    let json: Value = serde_json::from_str(&stdout(&sparsam(&[&args[..], &["--json"]].concat()))).unwrap();
+    assert_eq!(json["text"].as_str().unwrap(), text.trim_end_matches('\n'));
+    assert_eq!((&json["generated_tokens"], &json["finish"]), (&6.into(), &"length".into()));
+    assert!(json["generated_tokens_per_second"].as_f64().unwrap() > 0.0);
+
+    let explained = sparsam(&[&args[..], &["--explain"]].concat());
+    let said = String::from_utf8_lossy(&explained.stderr);
+    assert!(said.contains("bytes moved") && said.contains("fuse"), "{said}");
+}
+
+#[test]
+fn run_reads_standard_input_and_the_template_speaks_for_the_roles() {
+    let Some(model) = model() else { return };
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sparsam"))
+        .args(["run", &model, "--temperature", "0", "-n", "12", "--json", "--system", "You are terse."])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all("What colour is the sky?".as_bytes()).unwrap();
+    let json: Value = serde_json::from_str(&stdout(&child.wait_with_output().unwrap())).unwrap();
+    // <|im_start|>system\n .. <|im_end|>\n and the like around 9 words.
+    assert!(json["prompt_tokens"].as_u64().unwrap() > 15, "{json}");
+    assert!(json["text"].as_str().unwrap().len() > 3);
+}
+
+#[test]
+fn prompts_beyond_the_context_are_refused_or_cut_by_choice() {
+    let Some(model) = model() else { return };
+    let long = "word ".repeat(100);
+    let args = ["run", &model, "--raw", &long, "-n", "2", "--ctx", "32", "--temperature", "0"];
+    fails(&args, 1, "of 32");
+    let cut = sparsam(&[&args[..], &["--truncate"]].concat());
+    let said = String::from_utf8_lossy(&cut.stderr);
+    assert!(cut.status.success() && said.contains("oldest"), "{said}");
+    fails(&["run", &model, "hi", "--ctx", "100000"], 1, "made for 8192");
+}
+
+#[test]
+fn eval_states_its_protocol() {
+    let Some(model) = model() else { return };
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/golden/shakespeare-head.txt");
+    let text = text.to_str().unwrap();
+    let args = ["eval", &model, "--perplexity", text, "--ctx", "128", "--chunks", "2", "--json"];
+    let json: Value = serde_json::from_str(&stdout(&sparsam(&args))).unwrap();
+    assert_eq!(json["tokens_scored"], 2 * 63);
+    let perplexity = json["perplexity"].as_f64().unwrap();
+    assert!((2.0..200.0).contains(&perplexity), "{perplexity}");
+    assert!(json["protocol"].as_str().unwrap().contains("llama.cpp"));
+    fails(&["eval", &model, "--perplexity", "no-such.txt"], 1, "no-such.txt");
+    let folder = tempfile::tempdir().unwrap();
+    let short = folder.path().join("short.txt");
+    std::fs::write(&short, "Too short.").unwrap();
+    fails(&["eval", &model, "--perplexity", short.to_str().unwrap()], 1, "the first window alone takes 512");
+}
+
+#[test]
+fn bench_compares_with_the_roofs() {
+    let Some(model) = model() else { return };
+    let args = ["bench", &model, "-p", "16", "-n", "4", "-r", "1", "--json"];
+    let json: Value = serde_json::from_str(&stdout(&sparsam(&args))).unwrap();
+    for test in ["pp16", "tg4"] {
+        let (rate, roof) = (&json[test]["tokens_per_second"], &json[test]["roof_tokens_per_second"]);
+        assert!(rate.as_f64().unwrap() > 0.0 && roof.as_f64().unwrap() > 0.0, "{json}");
+    }
+}
