@@ -4,7 +4,7 @@ use crate::runner::Sequence;
 use crate::sample::{Sampler, Sampling};
 use crate::stop::StopText;
 use crate::{Error, Runner};
-use sparsam_tokenizer::Tokenizer;
+use sparsam_tokenizer::{DecodeStream, Tokenizer};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,63 @@ impl Generated {
     }
 }
 
+/// An answer as it grows: tokens in, text out, and where it ends. What one text and many at once have in common.
+pub(crate) struct Answer {
+    tokenizer: Tokenizer,
+    /// Text on its way out; `None` once the answer has ended.
+    out: Option<(DecodeStream, StopText)>,
+    max_tokens: Option<usize>,
+    ignore_end: bool,
+    /// The text that has been given out.
+    pub text: String,
+    /// All tokens, the one that ends it included.
+    pub tokens: Vec<u32>,
+}
+
+impl Answer {
+    pub fn new(tokenizer: &Tokenizer, request: &Request) -> Answer {
+        Answer {
+            tokenizer: tokenizer.clone(),
+            out: Some((tokenizer.stream_after(&request.prompt), StopText::new(&request.stops))),
+            max_tokens: request.max_tokens,
+            ignore_end: request.ignore_end,
+            text: String::new(),
+            tokens: Vec::new(),
+        }
+    }
+
+    /// Takes the next token. Gives the text that may be passed on now, and why the answer ends here if it does.
+    pub fn push(&mut self, token: u32) -> (String, Option<Finish>) {
+        let Some((stream, stop)) = &mut self.out else { return (String::new(), Some(Finish::Stop)) };
+        self.tokens.push(token);
+        if !self.ignore_end && self.tokenizer.stop_ids().contains(&token) {
+            return (self.flush(), Some(Finish::Stop));
+        }
+        let (mut piece, ended) = stop.push(&stream.push(token).unwrap_or_default());
+        self.text += &piece;
+        if ended {
+            self.out = None;
+            return (piece, Some(Finish::Stop));
+        }
+        if self.max_tokens.is_some_and(|max| self.tokens.len() >= max) {
+            piece += &self.flush();
+            return (piece, Some(Finish::Length));
+        }
+        (piece, None)
+    }
+
+    /// The answer is cut here: gives what was held back for a whole character or a stop text.
+    pub fn flush(&mut self) -> String {
+        let Some((stream, mut stop)) = self.out.take() else { return String::new() };
+        let (mut rest, ended) = stop.push(&stream.finish().unwrap_or_default());
+        if !ended {
+            rest += &stop.finish();
+        }
+        self.text += &rest;
+        rest
+    }
+}
+
 /// Continues `request.prompt` in `sequence`, reusing what of it is in the cache. Calls `on_text` with each piece of
 /// text as it comes; it may end the answer.
 ///
@@ -80,72 +137,40 @@ pub fn generate(
 ) -> Result<Generated, Error> {
     let mut sampler = Sampler::new(&request.sampling)?;
     let start = Instant::now();
-    let new = reuse(runner, sequence, &request.prompt);
+    let new = runner.reuse(sequence, &request.prompt);
     let logits = runner.append(sequence, &request.prompt[new..])?;
     let mut history = request.prompt.clone();
     let mut next = choose(&mut sampler, logits, &history)?;
     let first = Instant::now();
 
-    let mut stream = tokenizer.stream_after(&request.prompt);
-    let mut stop = StopText::new(&request.stops);
-    let (mut text, mut tokens) = (String::new(), Vec::new());
-    let mut pass = |piece: &str, text: &mut String| {
-        text.push_str(piece);
-        if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) }
-    };
+    let mut answer = Answer::new(tokenizer, request);
+    let mut pass = |piece: &str| if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) };
     let finish = loop {
-        if request.max_tokens.is_some_and(|max| tokens.len() >= max) {
-            break Finish::Length;
-        }
-        tokens.push(next);
         history.push(next);
-        if !request.ignore_end && tokenizer.stop_ids().contains(&next) {
-            break Finish::Stop;
-        }
-        let (piece, ended) = stop.push(&stream.push(next).unwrap_or_default());
-        if pass(&piece, &mut text).is_break() {
+        let (piece, ended) = answer.push(next);
+        if pass(&piece).is_break() {
             break Finish::Cancelled;
         }
-        if ended {
-            break Finish::Stop;
-        }
-        if request.max_tokens == Some(tokens.len()) {
-            break Finish::Length;
+        if let Some(finish) = ended {
+            break finish;
         }
         if sequence.tokens().len() >= runner.options().context {
+            let _ = pass(&answer.flush());
             break Finish::Context;
         }
         let logits = runner.append(sequence, &[next])?;
         next = choose(&mut sampler, logits, &history)?;
     };
-    let generation_time = first.elapsed();
-    if finish != Finish::Stop || tokens.last().is_some_and(|t| tokenizer.stop_ids().contains(t)) {
-        // A cut answer: what was held back for a whole character or a stop text belongs to it.
-        let (piece, ended) = stop.push(&stream.finish().unwrap_or_default());
-        let rest = if ended { piece } else { piece + &stop.finish() };
-        if finish != Finish::Cancelled {
-            let _ = pass(&rest, &mut text);
-        }
-    }
     Ok(Generated {
-        text,
-        tokens,
+        text: answer.text,
+        tokens: answer.tokens,
         finish,
         prompt_tokens: request.prompt.len() - new,
         prompt_time: first - start,
-        generation_time,
+        generation_time: first.elapsed(),
     })
 }
 
-fn choose(sampler: &mut Sampler, logits: &[f32], history: &[u32]) -> Result<u32, Error> {
+pub(crate) fn choose(sampler: &mut Sampler, logits: &[f32], history: &[u32]) -> Result<u32, Error> {
     sampler.choose(logits, history).ok_or(Error::NotFinite { tokens: history.len() })
-}
-
-/// Cuts `sequence` back to what it has in common with `prompt`, but for the last token, whose logits are wanted.
-/// Returns how many tokens that is.
-fn reuse(runner: &mut Runner, sequence: &mut Sequence, prompt: &[u32]) -> usize {
-    let common = sequence.tokens().iter().zip(prompt).take_while(|(a, b)| a == b).count();
-    let keep = common.min(prompt.len().saturating_sub(1));
-    runner.truncate(sequence, keep);
-    keep
 }

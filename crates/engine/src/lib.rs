@@ -21,6 +21,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod batch;
 mod bench;
 mod engine;
 mod error;
@@ -31,6 +32,7 @@ mod runner;
 mod sample;
 mod stop;
 
+pub use batch::{Batcher, JobId, Logprob, Output};
 pub use bench::{Roofs, Timing, bench_generate, bench_prompt, roofs};
 pub use engine::{DEFAULT_CONTEXT, Engine, Options};
 pub use error::Error;

@@ -9,9 +9,9 @@ use sparsam_runtime::{Data, Device, Profile, Report, Session, Step, Weights};
 use std::sync::Arc;
 
 /// Tokens in a page of the cache.
-const PAGE: usize = 64;
+pub(crate) const PAGE: usize = 64;
 /// Rows of the largest step; longer prompts take several.
-const MAX_ROWS: usize = 512;
+pub(crate) const MAX_ROWS: usize = 512;
 
 /// What a [`Runner`] is made for.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,6 +71,8 @@ pub struct Runner {
     cache: Cache,
     steps: Vec<((usize, usize), Step)>,
     free: Vec<i32>,
+    /// How many sequences have each page.
+    shared: Vec<u16>,
     vocab_size: usize,
     made_for: usize,
     rows: Rows,
@@ -85,6 +87,12 @@ struct Rows {
     slots: Vec<i32>,
     logits: Vec<i32>,
     table: Vec<i32>,
+}
+
+/// Tokens that a cached text and a prompt have in common, but for the prompt's last one.
+pub(crate) fn common(cached: &[u32], prompt: &[u32]) -> usize {
+    let common = cached.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+    common.min(prompt.len().saturating_sub(1))
 }
 
 /// Sizes that steps are compiled for: powers of two, so that few are and at most half of the rows are padding.
@@ -135,6 +143,7 @@ impl Runner {
             cache,
             steps: Vec::new(),
             free: (0..pages as i32).rev().collect(),
+            shared: vec![0; pages],
             vocab_size: facts.vocab_size,
             made_for: facts.context_length,
             options,
@@ -162,11 +171,43 @@ impl Runner {
         Sequence::default()
     }
 
-    /// Keeps the first `n` tokens of a sequence and gives back the pages of the others.
-    pub fn truncate(&mut self, sequence: &mut Sequence, n: usize) {
+    /// A new sequence with the first tokens of `sequence`, at most `n` and in whole pages, which the two then share.
+    pub fn fork(&mut self, sequence: &Sequence, n: usize) -> Sequence {
+        let pages = n.min(sequence.tokens.len()) / PAGE;
+        let fork = Sequence {
+            pages: sequence.pages[..pages].to_vec(),
+            tokens: sequence.tokens[..pages * PAGE].to_vec(),
+        };
+        fork.pages.iter().for_each(|&page| self.shared[page as usize] += 1);
+        fork
+    }
+
+    /// Keeps the first `n` tokens of a sequence and gives back the pages of the others. Keeps fewer if the last page
+    /// would be cut while another sequence has it too. Returns how many are kept.
+    pub fn truncate(&mut self, sequence: &mut Sequence, n: usize) -> usize {
+        let mut n = n.min(sequence.tokens.len());
+        if n < sequence.tokens.len()
+            && !n.is_multiple_of(PAGE)
+            && self.shared[sequence.pages[n / PAGE] as usize] > 1
+        {
+            n -= n % PAGE;
+        }
         sequence.tokens.truncate(n);
-        let keep = sequence.tokens.len().div_ceil(PAGE);
-        self.free.extend(sequence.pages.drain(keep..).rev());
+        for page in sequence.pages.drain(n.div_ceil(PAGE)..).rev() {
+            let shared = &mut self.shared[page as usize];
+            *shared -= 1;
+            if *shared == 0 {
+                self.free.push(page);
+            }
+        }
+        n
+    }
+
+    /// Cuts `sequence` back to what it has in common with `prompt`, but for the last token, whose logits are wanted.
+    /// Returns how many tokens that is.
+    pub fn reuse(&mut self, sequence: &mut Sequence, prompt: &[u32]) -> usize {
+        let keep = common(&sequence.tokens, prompt);
+        self.truncate(sequence, keep)
     }
 
     /// Gives all pages of a sequence back.
@@ -186,6 +227,23 @@ impl Runner {
             self.run(&mut [Feed { sequence, tokens: part, want: Want::Nothing }])?;
         }
         self.run(&mut [Feed { sequence, tokens: &tokens[cut..], want: Want::Last }])
+    }
+
+    /// Whether a text of these tokens fits the context with room for one more, and the vocabulary knows them.
+    pub(crate) fn check(&self, tokens: &[u32]) -> Result<(), Error> {
+        let context = self.options.context;
+        if tokens.len() >= context {
+            let (room, made_for) = (context - 1, self.made_for);
+            return Err(Error::TooLong { tokens: tokens.len(), room, context, made_for });
+        }
+        self.check_ids(tokens)
+    }
+
+    fn check_ids(&self, tokens: &[u32]) -> Result<(), Error> {
+        match tokens.iter().find(|&&id| id as usize >= self.vocab_size) {
+            Some(&id) => Err(Error::TokenId { id, vocab_size: self.vocab_size }),
+            None => Ok(()),
+        }
     }
 
     fn check_room(&self, sequence: &Sequence, n: usize) -> Result<(), Error> {
@@ -217,9 +275,7 @@ impl Runner {
             self.check_room(f.sequence, f.tokens.len())?;
             let pages = (f.sequence.tokens.len() + f.tokens.len()).div_ceil(PAGE);
             new_pages += pages.saturating_sub(f.sequence.pages.len());
-            if let Some(&id) = f.tokens.iter().find(|&&id| id as usize >= self.vocab_size) {
-                return Err(Error::TokenId { id, vocab_size: self.vocab_size });
-            }
+            self.check_ids(f.tokens)?;
         }
         if new_pages > self.free.len() {
             return Err(Error::CacheFull { slots: self.cache.n_slots });
@@ -263,8 +319,11 @@ impl Runner {
             r.logits.extend((wanted..f.tokens.len()).map(|i| (first_row + i) as i32));
             for (i, &token) in f.tokens.iter().enumerate() {
                 let position = tokens.len() + i;
-                if position / PAGE == pages.len() {
-                    pages.extend(self.free.pop());
+                if position / PAGE == pages.len()
+                    && let Some(page) = self.free.pop()
+                {
+                    self.shared[page as usize] = 1;
+                    pages.push(page);
                 }
                 r.tokens.push(token as i32);
                 r.positions.push(position as i32);

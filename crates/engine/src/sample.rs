@@ -1,10 +1,11 @@
 //! Choosing the next token.
 //!
-//! The chain is llama.cpp's: repeat penalty, top-k, top-p, min-p, temperature, draw.
+//! The chain is llama.cpp's: penalties and bias, top-k, top-p, min-p, temperature, draw.
 
 use crate::Error;
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How to choose. The default is greedy.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +23,13 @@ pub struct Sampling {
     pub repeat_penalty: f32,
     /// How many tokens back the penalty looks.
     pub repeat_last: usize,
+    /// Taken from the logits of tokens that the answer holds already (OpenAI's `presence_penalty`); 0: no change.
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens once for each time that the answer holds them (OpenAI's `frequency_penalty`);
+    /// 0: no change.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens (OpenAI's `logit_bias`).
+    pub logit_bias: Vec<(u32, f32)>,
     /// The same seed gives the same tokens.
     pub seed: u64,
 }
@@ -35,6 +43,9 @@ impl Default for Sampling {
             min_p: 0.0,
             repeat_penalty: 1.0,
             repeat_last: 64,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }
@@ -44,7 +55,7 @@ impl Sampling {
     /// # Errors
     /// If a setting is outside of its range.
     pub fn check(&self) -> Result<(), Error> {
-        let ranges: [(&'static str, f32, bool, &'static str); 4] = [
+        let ranges: [(&'static str, f32, bool, &'static str); 6] = [
             (
                 "temperature",
                 self.temperature,
@@ -69,6 +80,18 @@ impl Sampling {
                 self.repeat_penalty > 0.0 && self.repeat_penalty.is_finite(),
                 "it must be above 0 (1 changes nothing)",
             ),
+            (
+                "presence-penalty",
+                self.presence_penalty,
+                self.presence_penalty.abs() <= 2.0,
+                "it must be between -2 and 2",
+            ),
+            (
+                "frequency-penalty",
+                self.frequency_penalty,
+                self.frequency_penalty.abs() <= 2.0,
+                "it must be between -2 and 2",
+            ),
         ];
         match ranges.into_iter().find(|(_, _, ok, _)| !ok) {
             Some((name, value, _, wanted)) => Err(Error::Setting { name, value: value as f64, wanted }),
@@ -82,6 +105,8 @@ pub struct Sampler {
     sampling: Sampling,
     rng: Pcg64,
     candidates: Vec<(f32, u32)>,
+    /// How often each token was chosen.
+    chosen: BTreeMap<u32, u32>,
 }
 
 impl Sampler {
@@ -90,7 +115,7 @@ impl Sampler {
     pub fn new(sampling: &Sampling) -> Result<Sampler, Error> {
         sampling.check()?;
         let rng = Pcg64::seed_from_u64(sampling.seed);
-        Ok(Sampler { sampling: sampling.clone(), rng, candidates: Vec::new() })
+        Ok(Sampler { sampling: sampling.clone(), rng, candidates: Vec::new(), chosen: BTreeMap::new() })
     }
 
     /// The next token after `history`, given its `logits` (vocab_size); `None` if they are not finite numbers. Among
@@ -100,21 +125,42 @@ impl Sampler {
         if logits.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
             return None;
         }
+        let token = self.draw(logits, history)?;
+        *self.chosen.entry(token).or_default() += 1;
+        Some(token)
+    }
+
+    /// The logits after penalties and bias; `None` if there are none of these, so that nothing need be copied.
+    fn adjust(&self, logits: &[f32], history: &[u32]) -> Option<Vec<f32>> {
         let s = &self.sampling;
-        let mut penalised = Vec::new();
-        if s.repeat_penalty != 1.0 {
-            penalised.extend_from_slice(&history[history.len().saturating_sub(s.repeat_last)..]);
-            penalised.sort_unstable();
-            penalised.dedup();
+        let penalties = s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
+        if s.repeat_penalty == 1.0 && !penalties && s.logit_bias.is_empty() {
+            return None;
         }
-        let logit = |id: u32| {
-            let x = logits[id as usize];
-            match penalised.binary_search(&id) {
-                Ok(_) if x > 0.0 => x / s.repeat_penalty,
-                Ok(_) => x * s.repeat_penalty,
-                Err(_) => x,
+        let mut logits = logits.to_vec();
+        if s.repeat_penalty != 1.0 {
+            let recent = &history[history.len().saturating_sub(s.repeat_last)..];
+            for id in recent.iter().collect::<BTreeSet<_>>() {
+                let x = &mut logits[*id as usize];
+                *x = if *x > 0.0 { *x / s.repeat_penalty } else { *x * s.repeat_penalty };
             }
-        };
+        }
+        for (&id, &n) in &self.chosen {
+            logits[id as usize] -= s.presence_penalty + n as f32 * s.frequency_penalty;
+        }
+        for &(id, bias) in &s.logit_bias {
+            if let Some(x) = logits.get_mut(id as usize) {
+                *x += bias;
+            }
+        }
+        Some(logits)
+    }
+
+    fn draw(&mut self, logits: &[f32], history: &[u32]) -> Option<u32> {
+        let adjusted = self.adjust(logits, history);
+        let logits = adjusted.as_deref().unwrap_or(logits);
+        let s = &self.sampling;
+        let logit = |id: u32| logits[id as usize];
         let ids = 0..logits.len() as u32;
         if s.temperature == 0.0 {
             let best = ids.map(|id| (logit(id), id)).reduce(|a, b| if b.0 > a.0 { b } else { a })?;
@@ -216,6 +262,21 @@ mod tests {
         assert_eq!(s.choose(&[3.0, 2.0, -1.0], &[0]), Some(1));
         assert_eq!(s.choose(&[3.0, 2.0, -1.0], &[0, 2, 2]), Some(0), "only the last two tokens count");
         assert_eq!(s.choose(&[-1.0, -1.5], &[0]), Some(1), "negative logits are multiplied");
+    }
+
+    #[test]
+    fn tokens_of_the_answer_lose_and_biased_ones_win() {
+        let answer = |change: fn(&mut Sampling)| {
+            let mut s = sampler(|s| {
+                s.temperature = 0.0;
+                change(s);
+            });
+            (0..4).map(|_| s.choose(&[1.0, 0.7, 0.0], &[]).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(answer(|_| ()), [0, 0, 0, 0]);
+        assert_eq!(answer(|s| s.presence_penalty = 0.5), [0, 1, 0, 0]);
+        assert_eq!(answer(|s| s.frequency_penalty = 0.5), [0, 1, 0, 1]);
+        assert_eq!(answer(|s| s.logit_bias = vec![(2, 2.0), (99, 1.0)]), [2, 2, 2, 2]);
     }
 
     #[test]

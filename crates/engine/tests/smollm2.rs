@@ -2,8 +2,8 @@
 
 use serde::Deserialize;
 use sparsam_engine::{
-    Engine, Error, Feed, Finish, Generated, Message, Options, Protocol, Request, Sampling, Want, Windows,
-    generate, perplexity,
+    Batcher, Engine, Error, Feed, Finish, Generated, Message, Options, Protocol, Request, Sampling, Want,
+    Windows, generate, perplexity,
 };
 use std::ops::ControlFlow;
 
@@ -219,4 +219,55 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
     let beyond = Options { context: Some(9000), ..Options::default() };
     let path = sparsam_testkit::smollm2().unwrap();
     assert!(Engine::load(&path, &beyond).err().unwrap().to_string().contains("made for 8192"));
+}
+
+#[test]
+fn answers_together_are_those_alone() {
+    let Some(engine) = engine(Options { context: Some(256), ..Options::default() }) else { return };
+    let system = "You are a helpful assistant who answers questions about the world, its rivers, mountains, towns and people, in one short sentence that a child of eight can understand without help from anybody else, and without any long words at all. If you do not know the answer, say so at once, and name somebody who may know it, such as a teacher, a librarian or a parent.";
+    let ask = |question: &str| {
+        engine.encode_dialogue(&[Message::new("system", system), Message::new("user", question)]).unwrap()
+    };
+    let questions = ["What is a river?", "Where is Paris?", "How high is Everest?", "What is rain?"];
+    let requests: Vec<Request> = questions
+        .iter()
+        .zip(0..)
+        .map(|(q, seed)| Request {
+            prompt: ask(q),
+            sampling: Sampling { temperature: 0.7, seed, ..Sampling::default() },
+            max_tokens: Some(12 + seed as usize),
+            ..Request::default()
+        })
+        .collect();
+    // Two places for four requests: two wait, and find the system message in the cache.
+    let mut batcher = Batcher::new(&engine, 2).unwrap();
+    let ids: Vec<_> = requests.iter().map(|r| batcher.submit(r.clone(), Some(3)).unwrap()).collect();
+    let lost =
+        batcher.submit(Request { prompt: ask("Never answered."), ..Request::default() }, None).unwrap();
+    batcher.cancel(lost);
+    let mut answers = vec![(String::new(), Vec::new(), None); ids.len()];
+    let mut reused = 0;
+    while batcher.load() != (0, 0) {
+        for output in batcher.step().unwrap() {
+            let i = ids.iter().position(|&id| id == output.id).unwrap();
+            let (text, tokens, finish) = &mut answers[i];
+            *text += &output.text;
+            tokens.push(output.token);
+            *finish = output.finish;
+            reused += output.reused.unwrap_or(0);
+            let logprob = output.logprob.unwrap();
+            assert!(logprob.top.len() == 3 && logprob.top[0].1 >= logprob.logprob && logprob.logprob < 0.0);
+        }
+    }
+    assert!(reused >= 2 * 64, "{reused} tokens found in the cache");
+    for (request, (text, tokens, finish)) in requests.iter().zip(answers) {
+        let alone = answer(&engine, request);
+        assert_eq!((text, tokens, finish), (alone.text, alone.tokens, Some(alone.finish)));
+    }
+    // All pages but those of kept texts come back.
+    let (free, all) = batcher.cache();
+    assert!(free < all && free > 0, "{free} of {all}");
+    assert!(batcher.submit(Request::default(), None).is_err());
+    let long = Request { prompt: vec![1; 256], ..Request::default() };
+    assert!(matches!(batcher.submit(long, None), Err(Error::TooLong { tokens: 256, context: 256, .. })));
 }
