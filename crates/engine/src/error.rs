@@ -16,6 +16,9 @@ pub enum Error {
     /// The vocabulary or the chat template cannot be used.
     #[error("{}: {source}", file.display())]
     Tokenizer { file: PathBuf, source: sparsam_tokenizer::Error },
+    /// A model cannot be written as it is wanted.
+    #[error("cannot write {}: {what}", path.display())]
+    Save { path: PathBuf, what: String },
     /// A program does not compile or run.
     #[error(transparent)]
     Runtime(#[from] sparsam_runtime::Error),

@@ -30,6 +30,7 @@ mod open;
 mod perplexity;
 mod runner;
 mod sample;
+mod save;
 mod stop;
 
 pub use batch::{Batcher, JobId, Logprob, Output};
@@ -41,4 +42,5 @@ pub use open::{Opened, open};
 pub use perplexity::{Perplexity, Protocol, Windows, negative_log_likelihood, perplexity};
 pub use runner::{Feed, Runner, RunnerOptions, Sequence, Want};
 pub use sample::{Sampler, Sampling};
+pub use save::{Plan, Saver, storable};
 pub use sparsam_tokenizer::Message;
