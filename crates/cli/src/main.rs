@@ -9,6 +9,7 @@ mod info;
 mod load;
 mod model;
 mod run;
+mod serve;
 mod text;
 
 use clap::{Parser, Subcommand};
@@ -28,6 +29,7 @@ enum Command {
     Info(info::Args),
     Eval(eval::Args),
     Bench(bench::Args),
+    Serve(serve::Args),
 }
 
 fn main() -> ExitCode {
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Serve(args) => serve::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -16,7 +16,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("runtime", &["compiler", "kernels"]),
     ("models", &["ir", "formats"]),
     ("engine", &["models", "tokenizer", "runtime"]),
-    ("cli", &["engine", "plan"]),
+    ("server", &["engine"]),
+    ("cli", &["server", "plan"]),
 ];
 
 fn allowed(of: &str, into: &mut BTreeSet<&'static str>) {

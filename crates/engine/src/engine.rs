@@ -2,6 +2,7 @@
 
 use crate::runner::RunnerOptions;
 use crate::{Error, Opened, Runner, open};
+use serde::Serialize;
 use sparsam_dtype::DType;
 use sparsam_ir::Precision;
 use sparsam_models::Model;
@@ -151,10 +152,24 @@ impl Engine {
     /// # Errors
     /// If there is no tokenizer or template, or the template refuses the messages.
     pub fn encode_dialogue(&self, messages: &[Message]) -> Result<Vec<u32>, Error> {
+        self.encode_dialogue_with(
+            messages,
+            &RenderOptions { add_generation_prompt: true, ..RenderOptions::default() },
+        )
+    }
+
+    /// The tokens of a dialogue, with tools and other variables of the template.
+    ///
+    /// # Errors
+    /// As [`Engine::encode_dialogue`].
+    pub fn encode_dialogue_with<M: Serialize>(
+        &self,
+        messages: &[M],
+        options: &RenderOptions,
+    ) -> Result<Vec<u32>, Error> {
         let file = || self.opened.source.path().to_path_buf();
         let template = self.tokenizer()?.chat_template().ok_or_else(|| Error::NoTemplate { file: file() })?;
-        let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-        let text = template.render(messages, &options).map_err(|source| self.tokenizer_error(source))?;
+        let text = template.render(messages, options).map_err(|source| self.tokenizer_error(source))?;
         self.encode_with(&text, Specials { add: false, parse: true })
     }
 
