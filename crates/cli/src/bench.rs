@@ -7,17 +7,25 @@ use sparsam_engine::{Timing, bench_generate, bench_prompt, roofs};
 
 /// Measure speed: prompts and generation of a model, as shares of the machine's roofs
 #[derive(clap::Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Examples:
   sparsam bench model.gguf                       pp512 and tg128, as llama-bench names them
+  sparsam bench attention --seq 1024,4096        the attention kernel against its plain form
   sparsam bench model.gguf -p 2048 -n 0 -r 5
   sparsam bench model.gguf --profile             time by kind of kernel
   SPARSAM_SIMD=avx2 sparsam bench model.gguf     with other instructions
 
 Shares: generation against memory bandwidth (every weight is read once a token), prompts against peak arithmetic
-(8-bit integers, or f32 with --exact); both roofs are measured first.")]
+(8-bit integers, or f32 with --exact); both roofs are measured first."
+)]
 pub struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
     /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
-    model: String,
+    #[arg(required = true)]
+    model: Option<String>,
     /// Tokens of the prompt (0: leave it out)
     #[arg(long, short = 'p', default_value_t = 512, value_name = "N")]
     prompt: usize,
@@ -37,8 +45,19 @@ pub struct Args {
     json: bool,
 }
 
+/// What is measured instead of a model's own speed.
+#[derive(clap::Subcommand)]
+enum What {
+    Attention(crate::bench_attention::Args),
+}
+
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let engine = args.load.engine(&args.model, None)?;
+    let model = match (args.what, &args.model) {
+        (Some(What::Attention(args)), _) => return crate::bench_attention::run(args),
+        (None, Some(model)) => model,
+        (None, None) => unreachable!("clap asks for a model"),
+    };
+    let engine = args.load.engine(model, None)?;
     eprintln!("{}", engine.describe());
     let roofs = roofs(&engine, args.prompt)?;
     let mut measured: Vec<(String, Timing, f64, &str)> = Vec::new();

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bench_attention;
 mod eval;
 mod info;
 mod load;

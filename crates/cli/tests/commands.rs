@@ -144,3 +144,15 @@ fn bench_compares_with_the_roofs() {
         assert!(rate.as_f64().unwrap() > 0.0 && roof.as_f64().unwrap() > 0.0, "{json}");
     }
 }
+
+#[test]
+fn bench_attention_compares_both_forms() {
+    let args =
+        ["bench", "attention", "--seq", "256", "--heads", "2", "-r", "1", "--what", "fwdbwd", "--json"];
+    let json: Value = serde_json::from_str(&stdout(&sparsam(&args))).unwrap();
+    let get = |key: &str| json[key].as_f64().unwrap();
+    assert!(get("seconds") > 0.0 && get("plain_seconds") > 0.0);
+    assert!(get("plain_peak_bytes") > get("peak_bytes"), "{json}");
+    fails(&["bench", "attention", "--seq", "0"], 2, "from 1 on");
+    fails(&["bench"], 2, "MODEL");
+}

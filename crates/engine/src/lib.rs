@@ -21,6 +21,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod attention_bench;
 mod batch;
 mod bench;
 mod engine;
@@ -33,6 +34,7 @@ mod sample;
 mod save;
 mod stop;
 
+pub use attention_bench::{AttentionForm, AttentionShape, bench_attention};
 pub use batch::{Batcher, JobId, Logprob, Output};
 pub use bench::{Roofs, Timing, bench_generate, bench_prompt, roofs};
 pub use engine::{DEFAULT_CONTEXT, Engine, Options};

@@ -176,7 +176,9 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
         }
         Op::Attention(a) => {
             let (q, k, v) = (shape(0), shape(1), shape(2));
-            want(0, DType::F32)?;
+            if !matches!(dtype(0), DType::F32 | DType::F16 | DType::BF16) {
+                return Err(format!("queries must be F32, F16 or BF16, are {}", dtype(0)));
+            }
             if q.len() != 3 || k.len() != 3 || v.len() != 3 {
                 return Err(format!("q {q:?}, k {k:?}, v {v:?}: want rank 3 (tokens, heads, head_dim)"));
             }
