@@ -24,6 +24,7 @@ mod transform;
 
 pub use atomic::AtomicFile;
 pub use error::Error;
+pub use mmap::Map;
 pub use source::{Kind, Source};
 pub use tensors::{TensorInfo, TensorRef, TensorSpec};
 pub use transform::{Transform, Transformed};

@@ -10,13 +10,16 @@ use crate::Error;
 ///
 /// The file must not be shortened while it is mapped: reading past its new end kills the process (SIGBUS). Files that
 /// are replaced by a rename, as this crate does, stay intact for whoever has the old one mapped.
-pub(crate) struct Map {
+pub struct Map {
     /// `None` for an empty file, which cannot be mapped.
     map: Option<memmap2::Mmap>,
 }
 
 impl Map {
     /// Maps the regular file at `path`.
+    ///
+    /// # Errors
+    /// If there is none, or it cannot be mapped.
     pub fn open(path: &Path) -> Result<Map, Error> {
         // Asked by name first: opening a pipe would wait for a writer.
         let meta = std::fs::metadata(path).map_err(Error::io("open", path))?;

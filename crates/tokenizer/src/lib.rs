@@ -18,6 +18,7 @@ mod split;
 mod spm;
 mod stream;
 mod template;
+pub mod train;
 mod vocab;
 
 pub use error::Error;
