@@ -13,6 +13,7 @@ use sparsam_engine::{Timing, bench_generate, bench_prompt, roofs};
     after_help = "Examples:
   sparsam bench model.gguf                       pp512 and tg128, as llama-bench names them
   sparsam bench attention --seq 1024,4096        the attention kernel against its plain form
+  sparsam bench train --size 124M                one optimiser step of a GPT-2
   sparsam bench model.gguf -p 2048 -n 0 -r 5
   sparsam bench model.gguf --profile             time by kind of kernel
   SPARSAM_SIMD=avx2 sparsam bench model.gguf     with other instructions
@@ -49,11 +50,13 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum What {
     Attention(crate::bench_attention::Args),
+    Train(crate::bench_train::Args),
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let model = match (args.what, &args.model) {
         (Some(What::Attention(args)), _) => return crate::bench_attention::run(args),
+        (Some(What::Train(args)), _) => return crate::bench_train::run(args),
         (None, Some(model)) => model,
         (None, None) => unreachable!("clap asks for a model"),
     };

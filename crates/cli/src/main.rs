@@ -5,6 +5,7 @@
 
 mod bench;
 mod bench_attention;
+mod bench_train;
 mod eval;
 mod info;
 mod load;
@@ -12,6 +13,7 @@ mod model;
 mod run;
 mod serve;
 mod text;
+mod train;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -31,6 +33,7 @@ enum Command {
     Eval(eval::Args),
     Bench(bench::Args),
     Serve(serve::Args),
+    Train(Box<train::Args>),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Train(args) => train::run(*args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -17,7 +17,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("models", &["ir", "formats"]),
     ("engine", &["models", "tokenizer", "runtime"]),
     ("server", &["engine"]),
-    ("cli", &["server", "plan"]),
+    ("train", &["engine", "plan"]),
+    ("cli", &["server", "train"]),
 ];
 
 fn allowed(of: &str, into: &mut BTreeSet<&'static str>) {

@@ -1,0 +1,390 @@
+//! A model under training on a device: its weights and moments, and the programs that change them.
+
+use crate::Error;
+use crate::data::PackedRows;
+use crate::optim::{Optimiser, RATES};
+use crate::random::Random;
+use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET};
+use sparsam_ir::{AdamW, DType, Graph, Trace};
+use sparsam_models::nn::{Batch, Cache};
+use sparsam_models::{Model, Parameter};
+use sparsam_runtime::{Data, Device, Options, Outputs, Session, Step, Weights};
+use std::sync::Arc;
+
+/// Tokens in a page of the cache that samples are generated with.
+const PAGE: usize = 16;
+
+/// How a model is trained: what the programs are made for.
+#[derive(Clone, Debug)]
+pub struct How {
+    /// Rows of a micro-batch.
+    pub rows: usize,
+    /// Tokens of a row.
+    pub ctx: usize,
+    /// Micro-batches of a step.
+    pub accumulate: usize,
+    /// The optimiser.
+    pub optimiser: Optimiser,
+    /// Passes of the compiler; [`Options::eager`] runs node by node.
+    pub options: Options,
+}
+
+impl How {
+    /// Tokens of a micro-batch.
+    pub fn n_tokens(&self) -> usize {
+        self.rows * self.ctx
+    }
+}
+
+/// What a step gives.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Mean loss over all targets of the step, in nats.
+    pub loss: f64,
+    /// Norm of all gradients together before clipping; `None` where they are not clipped.
+    pub grad_norm: Option<f64>,
+}
+
+impl Outcome {
+    /// Whether all numbers are numbers.
+    pub fn is_finite(&self) -> bool {
+        self.loss.is_finite() && self.grad_norm.is_none_or(f64::is_finite)
+    }
+}
+
+enum Programs {
+    /// One program for the whole step.
+    Whole(Step),
+    /// One for each micro-batch, one behind them.
+    Parts { accumulate: Step, apply: Step },
+}
+
+impl Programs {
+    fn load(session: &mut Session, graphs: &Graphs, options: &Options) -> Result<Programs, Error> {
+        let mut load = |graph: &Graph| session.load(graph, options);
+        Ok(match &graphs.whole {
+            Some(whole) => Programs::Whole(load(whole)?),
+            None => Programs::Parts { accumulate: load(&graphs.accumulate)?, apply: load(&graphs.apply)? },
+        })
+    }
+}
+
+/// A model under training: a [`Session`] whose states are weights and moments.
+pub struct Learner {
+    model: Model,
+    how: How,
+    session: Session,
+    parameters: Vec<Parameter>,
+    programs: Programs,
+    /// The loss alone; made when it is first wanted.
+    evaluate: Option<Step>,
+    /// Generates a token; made when it is first wanted.
+    decode: Option<Step>,
+}
+
+impl Learner {
+    /// Compiles the steps; all weights and moments are 0.
+    ///
+    /// # Errors
+    /// If the model's shapes do not fit together, or its rows are longer than it can be trained on.
+    pub fn new(model: &Model, how: How, device: &Device) -> Result<Learner, Error> {
+        let facts = model.facts();
+        if facts.architecture == "gpt2" && how.ctx > facts.context_length {
+            return Err(Error::config(
+                "data.ctx",
+                format!("is {}, but the model has {} positions", how.ctx, facts.context_length),
+            ));
+        }
+        let mut constants = Weights::new();
+        for c in model.constants() {
+            constants.insert_f32(&c.name, &c.shape, &c.data)?;
+        }
+        let mut session = Session::new(device, Arc::new(constants));
+        let parameters = model.parameters()?;
+        let graphs = Graphs::new(model, &how, &parameters)?;
+        let programs = Programs::load(&mut session, &graphs, &how.options)?;
+        Ok(Learner { model: model.clone(), how, session, parameters, programs, evaluate: None, decode: None })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// What the programs are made for.
+    pub fn how(&self) -> &How {
+        &self.how
+    }
+
+    /// The parameters, in the model's order.
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// The session, for its states and profile.
+    pub fn session(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    /// The program of a step, for `--explain`: of a micro-batch, where there are several.
+    pub fn program(&self) -> &Step {
+        match &self.programs {
+            Programs::Whole(step) => step,
+            Programs::Parts { accumulate, .. } => accumulate,
+        }
+    }
+
+    /// Bytes that weights, moments, gradients and activations take together.
+    pub fn bytes(&self) -> usize {
+        self.session.arena_bytes() + self.session.states_bytes() + self.session.weights().bytes()
+    }
+
+    /// The graphs that its programs are made from.
+    ///
+    /// # Errors
+    /// None behind [`Learner::new`].
+    pub(crate) fn graphs(&self) -> Result<Graphs, Error> {
+        Graphs::new(&self.model, &self.how, &self.parameters)
+    }
+
+    /// Compiles the steps anew with `options`; weights and moments stay.
+    ///
+    /// # Errors
+    /// If they do not compile so.
+    pub fn set_options(&mut self, options: Options) -> Result<(), Error> {
+        self.how.options = options;
+        let graphs = self.graphs()?;
+        self.programs = Programs::load(&mut self.session, &graphs, &self.how.options)?;
+        (self.evaluate, self.decode) = (None, None);
+        Ok(())
+    }
+
+    /// The names and shapes of what a checkpoint holds: weights and moments.
+    pub fn kept(&self) -> Vec<(String, Vec<usize>)> {
+        let of = |p: &Parameter| {
+            let [m, v] = AdamW::moments(&p.name);
+            [p.name.clone(), m, v].map(|name| (name, p.shape.clone()))
+        };
+        self.parameters.iter().flat_map(of).collect()
+    }
+
+    /// The numbers of a weight or moment as they are now.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn state(&self, name: &str) -> Result<&[f32], Error> {
+        Ok(bytemuck::cast_slice(self.session.state_bytes(name)?))
+    }
+
+    /// Replaces a weight or moment.
+    ///
+    /// # Errors
+    /// If there is none of that name, or it has another number of elements.
+    pub fn set_state(&mut self, name: &str, values: &[f32]) -> Result<(), Error> {
+        Ok(self.session.set_state(name, bytemuck::cast_slice(values))?)
+    }
+
+    /// Random weights, moments 0.
+    ///
+    /// # Errors
+    /// None that the model's own parameters can cause.
+    pub fn initialise(&mut self, seed: u64) -> Result<(), Error> {
+        for p in self.parameters.clone() {
+            let values = crate::new::initial(&self.model, &p, seed);
+            self.set_state(&p.name, &values)?;
+        }
+        Ok(())
+    }
+
+    /// One optimiser step on `micro` batches of as many rows as it was made for; step `t` counts from 1.
+    ///
+    /// # Errors
+    /// Tokens outside of the vocabulary.
+    ///
+    /// # Panics
+    /// If the number of micro-batches is not the one it was made for.
+    pub fn step(&mut self, micro: &[PackedRows], t: u64, lr: f64) -> Result<Outcome, Error> {
+        assert_eq!(micro.len(), self.how.accumulate, "micro-batches of a step");
+        let targets: usize = micro.iter().map(PackedRows::n_targets).sum();
+        let scale = [1.0 / targets.max(1) as f32];
+        let rates = self.how.optimiser.adamw.rates(lr, t);
+        let rates = (RATES, Data::F32(&rates));
+        let norm_of = |out: &Outputs, clipped: bool| -> Result<Option<f64>, Error> {
+            Ok(if clipped { Some(out.f32(GRAD_NORM)?[0] as f64) } else { None })
+        };
+        let clipped = self.how.optimiser.clip.is_some();
+        match &self.programs {
+            Programs::Whole(step) => {
+                let mut inputs = inputs(&micro[0], &scale).to_vec();
+                inputs.push(rates);
+                let out = self.session.run(step, &inputs)?;
+                let loss = out.f32(LOSS)?[0] as f64;
+                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)? })
+            }
+            Programs::Parts { accumulate, apply } => {
+                let mut loss = 0.0;
+                for rows in micro {
+                    loss += self.session.run(accumulate, &inputs(rows, &scale))?.f32(LOSS)?[0] as f64;
+                }
+                let out = self.session.run(apply, &[rates])?;
+                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)? })
+            }
+        }
+    }
+
+    /// Sum of the losses over the targets of `rows` (filled up with padding if they are fewer), and how many these are.
+    ///
+    /// # Errors
+    /// Tokens outside of the vocabulary.
+    pub fn evaluate(&mut self, rows: &PackedRows) -> Result<(f64, usize), Error> {
+        let mut rows = rows.clone();
+        rows.pad_to(self.how.n_tokens());
+        let step = match self.evaluate.take() {
+            Some(step) => step,
+            None => self.session.load(&self.graphs()?.evaluate, &self.how.options)?,
+        };
+        let loss = self.session.run(&step, &inputs(&rows, &[1.0]))?.f32(LOSS)?[0] as f64;
+        self.evaluate = Some(step);
+        Ok((loss, rows.n_targets()))
+    }
+
+    /// `n` tokens that the model, as it is now, writes behind `prompt`: drawn at `temperature` (0: the likeliest), by
+    /// `seed`. Stops behind `end`, and where the row is full.
+    ///
+    /// # Errors
+    /// Tokens outside of the vocabulary.
+    pub fn sample(
+        &mut self,
+        prompt: &[u32],
+        n: usize,
+        temperature: f64,
+        seed: u64,
+        end: Option<u32>,
+    ) -> Result<Vec<u32>, Error> {
+        let pages = self.how.ctx.div_ceil(PAGE);
+        let step = match self.decode.take() {
+            Some(step) => step,
+            None => {
+                let n_slots = pages * PAGE;
+                let cache = Cache { n_slots, page_size: PAGE, n_seqs: 1, n_pages: pages, dtype: DType::F32 };
+                let t = Trace::new().training(|_| true);
+                let logits = self.model.trace(&t, &Batch::paged(1, cache));
+                self.session.load(&t.finish(&[("logits", &logits)])?, &self.how.options)?
+            }
+        };
+        let table: Vec<i32> = (0..pages as i32).collect();
+        let mut random = Random::new(seed, "sample", 0);
+        let mut written = Vec::new();
+        let mut next = prompt.first().copied().unwrap_or(0);
+        for at in 0..self.how.ctx {
+            let (token, position) = ([next as i32], [at as i32]);
+            let inputs = [
+                ("tokens", Data::I32(&token)),
+                ("positions", Data::I32(&position)),
+                ("row_seq", Data::I32(&[0])),
+                ("slots", Data::I32(&position)),
+                ("page_table", Data::I32(&table)),
+            ];
+            // Models without rotary embeddings and those without positions of their own ask for fewer.
+            let asked: Vec<_> =
+                inputs.into_iter().filter(|(name, _)| step.inputs().any(|(n, ..)| n == *name)).collect();
+            let out = self.session.run(&step, &asked)?;
+            if let Some(&given) = prompt.get(at + 1) {
+                next = given;
+                continue;
+            }
+            if written.len() == n {
+                break;
+            }
+            next = draw(out.f32("logits")?, temperature, &mut random) as u32;
+            written.push(next);
+            if Some(next) == end {
+                break;
+            }
+        }
+        self.decode = Some(step);
+        Ok(written)
+    }
+}
+
+/// An index drawn from `softmax(logits / temperature)`; the largest at temperature 0.
+fn draw(logits: &[f32], temperature: f64, random: &mut Random) -> usize {
+    let largest = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
+    if temperature <= 0.0 {
+        return largest;
+    }
+    let top = logits[largest] as f64;
+    let weight = |x: f32| ((x as f64 - top) / temperature).exp();
+    let mut left = random.uniform() * logits.iter().map(|&x| weight(x)).sum::<f64>();
+    for (i, &x) in logits.iter().enumerate() {
+        left -= weight(x);
+        if left <= 0.0 {
+            return i;
+        }
+    }
+    largest
+}
+
+impl PackedRows {
+    /// Adds rows that no token sees and that have no target, up to `n` tokens.
+    pub fn pad_to(&mut self, n: usize) {
+        for i in self.tokens.len()..n {
+            self.tokens.push(0);
+            self.positions.push(0);
+            self.row_start.push(i as i32 + 1); // beyond itself: padding
+            self.targets.push(NO_TARGET);
+        }
+    }
+}
+
+/// The inputs of a packed batch with targets.
+pub(crate) fn inputs<'a>(rows: &'a PackedRows, scale: &'a [f32; 1]) -> [(&'static str, Data<'a>); 5] {
+    [
+        ("tokens", Data::I32(&rows.tokens)),
+        ("positions", Data::I32(&rows.positions)),
+        ("row_start", Data::I32(&rows.row_start)),
+        ("targets", Data::I32(&rows.targets)),
+        ("loss_scale", Data::F32(scale)),
+    ]
+}
+
+/// The graphs of a learner.
+pub(crate) struct Graphs {
+    /// Where one micro-batch is a step.
+    pub whole: Option<Graph>,
+    pub accumulate: Graph,
+    pub apply: Graph,
+    pub evaluate: Graph,
+}
+
+impl Graphs {
+    pub fn new(model: &Model, how: &How, parameters: &[Parameter]) -> Result<Graphs, Error> {
+        let batch = Batch::packed(how.n_tokens());
+        let loss = |t: &Trace| step::language_model_loss(t, model, &batch);
+        let shapes: Vec<(String, Vec<usize>)> =
+            parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
+        Ok(Graphs {
+            whole: (how.accumulate == 1).then(|| step::update(loss, &how.optimiser)).transpose()?,
+            accumulate: step::accumulate(loss)?,
+            apply: step::apply(&shapes, &how.optimiser)?,
+            evaluate: step::evaluate(loss)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let logits = [0.0f32, 3.0f32.ln(), f32::NEG_INFINITY];
+        let mut random = Random::new(1, "draw", 0);
+        let n = 20_000;
+        let ones = (0..n).filter(|_| draw(&logits, 1.0, &mut random) == 1).count() as f64 / n as f64;
+        // 3 in 4; the standard error is 0.003.
+        assert!((ones - 0.75).abs() < 0.015, "{ones}");
+        assert_eq!(draw(&logits, 0.0, &mut random), 1);
+        assert!((0..1000).all(|_| draw(&logits, 2.0, &mut random) < 2));
+    }
+}

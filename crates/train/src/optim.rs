@@ -1,0 +1,60 @@
+//! The optimiser behind the gradients: clipping by the global norm, then [`AdamW`] in two groups of parameters.
+//!
+//! Composed over [`Tensor`]: the compiler fuses a weight's whole update into one pass over it. Weights and moments are
+//! states, written in place by the step; what changes from step to step comes in as the input [`RATES`].
+
+use sparsam_ir::{AdamW, DType, Tensor, Trace};
+
+/// The input that holds [`AdamW::rates`], F32 (3).
+pub const RATES: &str = "rates";
+
+/// AdamW (Loshchilov & Hutter 2019) as language models are trained: matrices decay, weights of one axis (norms, biases)
+/// do not; gradients are clipped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Optimiser {
+    /// Betas, eps, and the decay of matrices.
+    pub adamw: AdamW,
+    /// Gradients are scaled so that the norm of all of them together is at most this (Pascanu et al. 2013). `None`:
+    /// not at all, and then no gradient has to wait for the others.
+    pub clip: Option<f64>,
+}
+
+impl Default for Optimiser {
+    /// Betas 0.9 and 0.95, decay 0.1, clipped at 1 (Brown et al. 2020, appendix B).
+    fn default() -> Optimiser {
+        Optimiser { adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }, clip: Some(1.0) }
+    }
+}
+
+impl Optimiser {
+    /// Writes the next version of each parameter and its moments. Returns the norm of all gradients together, before
+    /// clipping, (1); `None` where nothing is clipped.
+    #[track_caller]
+    pub fn update(&self, t: &Trace, parameters: &[(String, Tensor)], grads: &[Tensor]) -> Option<Tensor> {
+        let rates = t.input(RATES, &[3], DType::F32);
+        let clipped = self.clip.map(|clip| {
+            let norm = global_norm(t, grads);
+            // PyTorch's clip_grad_norm_: min(1, clip / (norm + 1e-6)).
+            let scale = (t.full(&[1], clip) / norm.add_scalar(1e-6)).minimum(&t.full(&[1], 1.0));
+            (norm, scale)
+        });
+        let still = AdamW { weight_decay: 0.0, ..self.adamw };
+        for ((name, w), g) in parameters.iter().zip(grads) {
+            let g = clipped.as_ref().map_or(g.clone(), |(_, scale)| g * &scale.broadcast_to(&g.shape()));
+            let group = if w.rank() > 1 { &self.adamw } else { &still };
+            group.update(name, w, &g, &rates);
+        }
+        clipped.map(|(norm, _)| norm)
+    }
+}
+
+/// `sqrt(sum of the squares of all elements)`: (1).
+#[track_caller]
+fn global_norm(t: &Trace, grads: &[Tensor]) -> Tensor {
+    let square = |g: &Tensor| {
+        let axes: Vec<usize> = (0..g.rank()).collect();
+        (g * g).sum(&axes).reshape(&[1])
+    };
+    let squares: Vec<Tensor> = grads.iter().map(square).collect();
+    t.concat(&squares.iter().collect::<Vec<_>>(), 0).sum(&[0]).sqrt()
+}

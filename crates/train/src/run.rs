@@ -1,0 +1,419 @@
+//! A run: the loop, and the folder that it lives in.
+//!
+//! ```text
+//! RUN/config.toml               all settings, derived ones included
+//! RUN/tokenizer/                tokenizer.json, where the run made it
+//! RUN/tokens.bin                the text as tokens, where the run made them
+//! RUN/metrics.jsonl             measures, a line each
+//! RUN/checkpoints/step-*        weights, moments, progress
+//! RUN/report.html               curves, samples, settings
+//! ```
+
+mod prepare;
+
+use crate::config::{Config, Receipt, Settings};
+use crate::data::{Corpus, PackedRows, Rows};
+use crate::metrics::{Metrics, Record, StepRecord};
+use crate::verify::{self, Frozen};
+use crate::{Error, How, Learner, Outcome, checkpoint, checkpoint::Progress, report};
+use sparsam_formats::AtomicFile;
+use sparsam_kernels::roof::{self, Arithmetic};
+use sparsam_kernels::{Context, Cpu};
+use sparsam_models::Model;
+use sparsam_runtime::{Device, Options};
+use sparsam_tokenizer::{Specials, Tokenizer};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// How much of the smoothed loss is new at each step: it remembers about 20 steps.
+const SMOOTHING: f64 = 0.05;
+/// Temperature of the samples.
+const TEMPERATURE: f64 = 0.8;
+
+/// What happens in a run.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A step is done.
+    Step(&'a StepRecord),
+    /// The held-back part was evaluated: steps done, mean loss.
+    HeldBack(u64, f64),
+    /// The model wrote something: steps done, text.
+    Sample(u64, &'a str),
+    /// A checkpoint is safe on the disk.
+    Saved(&'a Path),
+    /// Something that a reader should know.
+    Note(&'a str),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finished {
+    /// How far it is.
+    pub progress: Progress,
+    /// Whether all steps are done; if not, it was stopped and can be taken up again.
+    pub complete: bool,
+}
+
+/// A run, ready to go on.
+pub struct Run {
+    folder: PathBuf,
+    config: Config,
+    receipt: Receipt,
+    settings: Settings,
+    tokenizer: Option<Tokenizer>,
+    train: Rows,
+    held_back: Option<Rows>,
+    learner: Learner,
+    progress: Progress,
+    /// Operations a second that the machine can do at most.
+    peak: f64,
+    /// Operations of learning from one token.
+    flop_per_token: f64,
+}
+
+impl Run {
+    /// Starts a run with `config` in `folder`, which must not hold one yet: tokens, tokenizer and settings are written,
+    /// the model is made (or read) and compiled.
+    ///
+    /// # Errors
+    /// Settings that make no sense, text that cannot be trained on, a folder that holds a run already.
+    pub fn start(folder: &Path, mut config: Config) -> Result<Run, Error> {
+        let settings_file = folder.join("config.toml");
+        if settings_file.exists() {
+            return Err(Error::config(
+                folder.display().to_string(),
+                "holds a run already; take it up again with --resume, or name another folder",
+            ));
+        }
+        let prepared = prepare::prepare(folder, &mut config)?;
+        let mut file = AtomicFile::create(&settings_file)?;
+        file.write_all(config.to_toml().as_bytes()).map_err(Error::io("write", &settings_file))?;
+        file.commit()?;
+        let mut run = Run::assemble(folder, config, prepared)?;
+        run.initialise()?;
+        Ok(run)
+    }
+
+    /// Takes up the run in `folder` at its newest checkpoint; from its beginning if it has none.
+    ///
+    /// # Errors
+    /// If there is none, or its files do not belong together.
+    pub fn resume(folder: &Path) -> Result<Run, Error> {
+        let settings_file = folder.join("config.toml");
+        if !settings_file.exists() {
+            return Err(Error::config(folder.display().to_string(), "holds no run (no config.toml)"));
+        }
+        let mut config = Config::open(&settings_file)?;
+        let prepared = prepare::reopen(folder, &mut config)?;
+        let mut run = Run::assemble(folder, config, prepared)?;
+        match checkpoint::list(&run.checkpoints())?.last() {
+            Some(newest) => run.progress = checkpoint::load(newest, &mut run.learner)?,
+            None => run.initialise()?,
+        }
+        Ok(run)
+    }
+
+    fn assemble(folder: &Path, config: Config, p: prepare::Prepared) -> Result<Run, Error> {
+        let settings = p.settings;
+        let device = Device::cpu(settings.threads)?;
+        let how = How {
+            rows: settings.batch,
+            ctx: settings.ctx,
+            accumulate: settings.accumulate,
+            optimiser: settings.optimiser,
+            options: if settings.eager { Options::eager() } else { Options::default() },
+        };
+        let vocab_size = p.model.facts().vocab_size;
+        let train = Rows::new(p.train, settings.ctx, settings.seed, vocab_size)?;
+        // Too little is held back to fill a row: then there is nothing to evaluate on.
+        let held_back = p
+            .held_back
+            .filter(|c| c.len() > settings.ctx)
+            .map(|c| Rows::new(c, settings.ctx, settings.seed, vocab_size))
+            .transpose()?;
+        let learner = Learner::new(&p.model, how, &device)?;
+        // A token sees half of its row on average; the gradient takes twice what the loss takes.
+        let flop_per_token = 3.0 * p.model.flops_per_token(settings.ctx.div_ceil(2))?;
+        let peak = peak_flops(settings.threads)?;
+        Ok(Run {
+            folder: folder.to_path_buf(),
+            config,
+            receipt: p.receipt,
+            settings,
+            tokenizer: p.tokenizer,
+            train,
+            held_back,
+            learner,
+            progress: Progress::default(),
+            peak,
+            flop_per_token,
+        })
+    }
+
+    fn initialise(&mut self) -> Result<(), Error> {
+        self.learner.initialise(self.settings.seed)
+    }
+
+    fn checkpoints(&self) -> PathBuf {
+        self.folder.join("checkpoints")
+    }
+
+    /// The folder it lives in.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Its settings, derived ones included.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Takes the run to another number of steps than it was started with. The schedule of the learning rate ends there.
+    pub fn set_steps(&mut self, steps: u64) {
+        self.settings.steps = steps;
+        self.settings.schedule.steps = steps;
+    }
+
+    /// What was found about model and data.
+    pub fn receipt(&self) -> &Receipt {
+        &self.receipt
+    }
+
+    /// The model under training.
+    pub fn learner(&mut self) -> &mut Learner {
+        &mut self.learner
+    }
+
+    /// Its tokenizer, if it has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Trains until all steps are done or `stop` is set; then there is a checkpoint, and the report is written.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] if the loss is no number any more or has risen too far: the last checkpoint is from before.
+    /// Full disks.
+    pub fn go(&mut self, stop: &AtomicBool, on: &mut dyn FnMut(Event)) -> Result<Finished, Error> {
+        let mut metrics = Metrics::open(&self.folder.join("metrics.jsonl"), self.progress.step)?;
+        let mut saved = self.progress.step;
+        let result = self.steps(stop, &mut metrics, &mut saved, on);
+        if let Err(e @ Error::Diverged { step, .. }) = &result {
+            metrics.add(&Record::Note { step: *step, note: e.to_string() })?;
+        }
+        self.write_report()?;
+        result?;
+        if saved != self.progress.step {
+            self.save(&mut saved, on)?;
+        }
+        Ok(Finished { progress: self.progress.clone(), complete: self.progress.step >= self.settings.steps })
+    }
+
+    fn steps(
+        &mut self,
+        stop: &AtomicBool,
+        metrics: &mut Metrics,
+        saved: &mut u64,
+        on: &mut dyn FnMut(Event),
+    ) -> Result<(), Error> {
+        let due =
+            |step: u64, every: u64, steps: u64| every > 0 && (step.is_multiple_of(every) || step == steps);
+        if self.progress.step == 0 {
+            self.evaluate(metrics, on)?;
+        }
+        while self.progress.step < self.settings.steps && !stop.load(Ordering::Relaxed) {
+            if self.progress.step < self.settings.verify {
+                self.second_opinion(metrics, on)?;
+            }
+            let record = self.step(*saved)?;
+            metrics.add(&Record::Step(record.clone()))?;
+            on(Event::Step(&record));
+            let (step, s) = (self.progress.step, &self.settings);
+            let (eval, sample, save) = (
+                due(step, s.eval_every, s.steps),
+                due(step, s.sample_every, s.steps),
+                due(step, s.checkpoint_every, s.steps),
+            );
+            if eval {
+                self.evaluate(metrics, on)?;
+            }
+            if sample {
+                self.sample(metrics, on)?;
+            }
+            if save {
+                self.save(saved, on)?;
+                self.write_report()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One optimiser step, timed and watched.
+    fn step(&mut self, saved: u64) -> Result<StepRecord, Error> {
+        let s = &self.settings;
+        let (start, t) = (Instant::now(), self.progress.step + 1);
+        let mut micro = Vec::with_capacity(s.accumulate);
+        for i in 0..s.accumulate {
+            micro.push(self.train.batch(self.progress.rows + (i * s.batch) as u64, s.batch)?);
+        }
+        let lr = s.schedule.at(t);
+        let outcome = self.learner.step(&micro, t, lr)?;
+        self.watch(&outcome, t, saved)?;
+        let s = &self.settings;
+        let seconds = start.elapsed().as_secs_f64();
+        let p = &mut self.progress;
+        p.step = t;
+        p.rows += (s.accumulate * s.batch) as u64;
+        p.targets += micro.iter().map(PackedRows::n_targets).sum::<usize>() as u64;
+        p.seconds += seconds;
+        let tokens_per_second = s.tokens_per_step() as f64 / seconds;
+        Ok(StepRecord {
+            step: t,
+            loss: outcome.loss,
+            lr,
+            grad_norm: outcome.grad_norm,
+            tokens: p.targets,
+            seconds: p.seconds,
+            tokens_per_second,
+            share_of_peak: tokens_per_second * self.flop_per_token / self.peak,
+        })
+    }
+
+    /// Compares the coming step with its plain meaning, and leaves out the pass that explains a difference.
+    fn second_opinion(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let t = self.progress.step + 1;
+        let rows = self.train.batch(self.progress.rows, self.settings.batch)?;
+        let lr = self.settings.schedule.at(t);
+        let frozen = Frozen::new(&mut self.learner, &rows, t, lr)?;
+        let graphs = self.learner.graphs()?;
+        let graph = graphs.whole.as_ref().unwrap_or(&graphs.accumulate);
+        let options = self.learner.how().options.clone();
+        let folder = self.folder.join(format!("verify-{t}"));
+        let verdict = verify::second_opinion(graph, &frozen, &options, &folder)?;
+        if !verdict.agrees() {
+            self.learner.set_options(Options { off: verdict.off.clone(), ..options })?;
+        }
+        let note = format!("step {t}: {verdict}");
+        on(Event::Note(&note));
+        metrics.add(&Record::Note { step: t, note })
+    }
+
+    /// Ends the run where the loss is no number, or has risen too far above its lowest.
+    fn watch(&mut self, outcome: &Outcome, step: u64, saved: u64) -> Result<(), Error> {
+        let kept = match saved {
+            0 => "There is no checkpoint yet".to_string(),
+            n => format!("The checkpoint of step {n} is from before"),
+        };
+        let lower = || "Start anew with a lower learning rate or a longer warm-up".to_string();
+        if !outcome.is_finite() {
+            let what = match outcome.loss.is_finite() {
+                true => format!("the norm of the gradients is {}", outcome.grad_norm.unwrap_or(f64::NAN)),
+                false => format!("the loss is {}", outcome.loss),
+            };
+            return Err(Error::Diverged { step, what, kept, advice: lower() });
+        }
+        let p = &mut self.progress;
+        if step == 1 {
+            (p.smoothed, p.lowest) = (outcome.loss, outcome.loss);
+        }
+        p.smoothed += SMOOTHING * (outcome.loss - p.smoothed);
+        p.lowest = p.lowest.min(p.smoothed);
+        let limit = self.settings.max_rise;
+        if limit > 0.0 && p.smoothed > p.lowest + limit {
+            let what = format!(
+                "the loss has risen from {:.3} to {:.3} (smoothed), more than run.max_rise = {limit}",
+                p.lowest, p.smoothed
+            );
+            return Err(Error::Diverged { step, what, kept, advice: lower() });
+        }
+        Ok(())
+    }
+
+    /// Mean loss on the held-back part.
+    fn evaluate(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let Some(loss) = self.held_back_loss()? else { return Ok(()) };
+        let step = self.progress.step;
+        self.progress.held_back = Some(loss);
+        metrics.add(&Record::HeldBack { step, held_back_loss: loss })?;
+        on(Event::HeldBack(step, loss));
+        Ok(())
+    }
+
+    /// Mean loss of the model, as it is, on at most `eval_tokens` tokens from the start of the held-back part, nats a
+    /// token; `None` if nothing is held back.
+    ///
+    /// # Errors
+    /// Tokens outside of the vocabulary.
+    pub fn held_back_loss(&mut self) -> Result<Option<f64>, Error> {
+        let Some(rows) = &self.held_back else { return Ok(None) };
+        let per_batch = self.settings.batch;
+        let most = (self.settings.eval_tokens / self.settings.ctx).max(1);
+        let (mut sum, mut n, mut first) = (0.0, 0, 0);
+        while first < most {
+            let batch = rows.in_order(first, per_batch.min(most - first))?;
+            if batch.tokens.is_empty() {
+                break;
+            }
+            let (loss, targets) = self.learner.evaluate(&batch)?;
+            (sum, n, first) = (sum + loss, n + targets, first + per_batch);
+        }
+        Ok((n > 0).then(|| sum / n as f64))
+    }
+
+    fn sample(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let step = self.progress.step;
+        let Some(text) = self.write_on(&self.settings.sample_prompt.clone(), step)? else { return Ok(()) };
+        metrics.add(&Record::Sample { step, sample: text.clone() })?;
+        on(Event::Sample(step, &text));
+        Ok(())
+    }
+
+    /// `prompt` and what the model, as it is, writes behind it; `None` without a tokenizer. An empty prompt is the start
+    /// of a document.
+    fn write_on(&mut self, prompt: &str, seed: u64) -> Result<Option<String>, Error> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(None) };
+        let mut tokens = tokenizer.encode(prompt, Specials { add: true, parse: false })?;
+        if tokens.is_empty() {
+            tokens = vec![tokenizer.eos().or(tokenizer.bos()).unwrap_or(0)];
+        }
+        tokens.truncate(self.settings.ctx.saturating_sub(1).max(1));
+        let (n, seed) = (self.settings.sample_tokens, self.settings.seed ^ seed);
+        let written = self.learner.sample(&tokens, n, TEMPERATURE, seed, tokenizer.eos())?;
+        tokens.extend(written);
+        Ok(Some(tokenizer.decode(&tokens, true)))
+    }
+
+    fn save(&mut self, saved: &mut u64, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let path = checkpoint::save(&self.checkpoints(), &self.learner, &self.progress, self.settings.keep)?;
+        *saved = self.progress.step;
+        on(Event::Saved(&path));
+        Ok(())
+    }
+
+    fn write_report(&self) -> Result<(), Error> {
+        let records = crate::metrics::read(&self.folder.join("metrics.jsonl"))?;
+        let name = self.folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let html =
+            report::report(&format!("Training: {name}"), &self.config, &self.receipt, &records).to_html();
+        let path = self.folder.join("report.html");
+        let mut file = AtomicFile::create(&path)?;
+        file.write_all(html.as_bytes()).map_err(Error::io("write", &path))?;
+        Ok(file.commit()?)
+    }
+}
+
+/// Operations a second that this machine can do at most in f32, with `threads` (0: all).
+///
+/// # Errors
+/// If `SPARSAM_SIMD` asks for what the machine lacks.
+pub fn peak_flops(threads: usize) -> Result<f64, Error> {
+    let cpu = Cpu::from_env().map_err(sparsam_runtime::Error::Device)?;
+    Ok(roof::peak(&Context::new(threads, cpu), Arithmetic::F32))
+}

@@ -1,0 +1,118 @@
+//! 200 steps of training are PyTorch's: `scripts/goldens/train.py` made the numbers.
+
+use sparsam_formats::Source;
+use sparsam_formats::safetensors::File;
+use sparsam_ir::AdamW;
+use sparsam_models::{Config, Model};
+use sparsam_runtime::{Device, Options};
+use sparsam_train::data::PackedRows;
+use sparsam_train::optim::Optimiser;
+use sparsam_train::{How, Learner};
+use std::path::PathBuf;
+
+struct Golden {
+    folder: PathBuf,
+    /// (steps, rows, ctx + 1)
+    shape: Vec<usize>,
+    tokens: Vec<u32>,
+    lr: Vec<f32>,
+    loss: Vec<f32>,
+    grad_norm: Vec<f32>,
+    /// How far PyTorch's f32 had been from its f64 up to each step.
+    f32_error: Vec<f32>,
+}
+
+fn golden(case: &str) -> Golden {
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")).join(case);
+    let file = File::open(folder.join("training.safetensors")).unwrap();
+    let words = |name: &str| -> Vec<[u8; 4]> {
+        file.tensor(name).unwrap().bytes.chunks_exact(4).map(|b| b.try_into().unwrap()).collect()
+    };
+    let floats = |name: &str| words(name).into_iter().map(f32::from_le_bytes).collect::<Vec<f32>>();
+    Golden {
+        shape: file.tensor("tokens").unwrap().info.shape.clone(),
+        tokens: words("tokens").into_iter().map(u32::from_le_bytes).collect(),
+        lr: floats("lr"),
+        loss: floats("loss"),
+        grad_norm: floats("grad_norm"),
+        f32_error: floats("f32_error"),
+        folder,
+    }
+}
+
+fn learner(g: &Golden, accumulate: usize, options: Options) -> Learner {
+    let source = Source::open(&g.folder).unwrap();
+    let model = Model::new(Config::from_source(&source).unwrap());
+    let how = How {
+        rows: g.shape[1] / accumulate,
+        ctx: g.shape[2] - 1,
+        accumulate,
+        optimiser: Optimiser {
+            adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
+            clip: Some(0.5),
+        },
+        options,
+    };
+    let mut learner = Learner::new(&model, how, &Device::cpu(1).unwrap()).unwrap();
+    for spec in model.weights(&source).unwrap() {
+        let t = source.require(&spec.source_name).unwrap();
+        let t = spec.transform.apply(t.bytes, t.info.dtype, &t.info.shape).unwrap();
+        let values: Vec<f32> =
+            t.bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        learner.set_state(&spec.name, &values).unwrap();
+    }
+    learner
+}
+
+/// The micro-batches of a step.
+fn rows(g: &Golden, step: usize, accumulate: usize) -> Vec<PackedRows> {
+    let (n_rows, width) = (g.shape[1], g.shape[2]);
+    let of = |part: usize| {
+        let mut packed = PackedRows::default();
+        for row in part * n_rows / accumulate..(part + 1) * n_rows / accumulate {
+            packed.push(&g.tokens[(step * n_rows + row) * width..][..width], None);
+        }
+        packed
+    };
+    (0..accumulate).map(of).collect()
+}
+
+/// Runs `steps` and holds loss and norm of each to PyTorch's.
+fn check(case: &str, accumulate: usize, options: Options, steps: usize) {
+    let g = golden(case);
+    let what = format!("{case}, accumulate {accumulate}, eager {}", options.eager);
+    let mut learner = learner(&g, accumulate, options);
+    for step in 0..steps {
+        let got = learner.step(&rows(&g, step, accumulate), step as u64 + 1, g.lr[step] as f64).unwrap();
+        // Twice PyTorch's own error in f32 up to here, and the rounding of the stored number.
+        let band = 3.0 * g.f32_error[step] as f64 + 4.0 * f32::EPSILON as f64 * g.loss[step] as f64;
+        let off = (got.loss - g.loss[step] as f64).abs();
+        assert!(off <= band, "{what}: step {step}: loss {} not {}, band {band:.1e}", got.loss, g.loss[step]);
+        let (norm, want) = (got.grad_norm.unwrap(), g.grad_norm[step] as f64);
+        // The norm moves with the loss, relatively up to ten times as much here.
+        let band = (10.0 * band / g.loss[step] as f64).max(1e-5);
+        assert!((norm / want - 1.0).abs() <= band, "{what}: step {step}: norm {norm} not {want}");
+    }
+}
+
+#[test]
+fn two_hundred_compiled_steps() {
+    for case in ["llama", "gpt2"] {
+        check(case, 1, Options::default(), 200);
+    }
+}
+
+#[test]
+fn ten_steps_node_by_node() {
+    for case in ["llama", "gpt2"] {
+        check(case, 1, Options::eager(), 10);
+    }
+}
+
+/// Gradients of micro-batches add up to that of the joint batch.
+#[test]
+fn ten_steps_accumulated() {
+    for case in ["llama", "gpt2"] {
+        check(case, 3, Options::default(), 10);
+    }
+}

@@ -1,0 +1,199 @@
+//! Runs from their folder: what they leave, and that they resume bit for bit.
+
+use sparsam_train::config::Config;
+use sparsam_train::metrics::{self, Record};
+use sparsam_train::{Error, Event, Run, checkpoint};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Sentences in which the next word can be guessed.
+fn text() -> String {
+    let (who, what) = (["the cat", "a dog", "the owl", "my cow"], ["sees", "hears", "likes"]);
+    (0..900).map(|i| format!("{} {} {}.\n", who[i % 4], what[i * 7 % 3], who[i * 5 % 4])).collect()
+}
+
+fn config(dir: &Path, more: &str) -> Config {
+    let path = dir.join("text.txt");
+    if !path.exists() {
+        std::fs::write(&path, text()).unwrap();
+    }
+    let toml = format!(
+        "[model]\nlayers = 2\nhidden = 32\nheads = 2\nintermediate = 64\n\
+         [data]\ntrain = [{path:?}]\nctx = 32\ntokenizer = \"bytes\"\n{more}"
+    );
+    Config::from_toml(&toml, "test").unwrap()
+}
+
+const SHORT: &str = "[optimiser]\nlr = 3e-3\n[run]\nsteps = 12\nbatch = 4\nthreads = 1\neval_every = 4\neval_tokens = 512\n\
+                     sample_every = 6\nsample_tokens = 8\ncheckpoint_every = 5\n";
+
+fn go(run: &mut Run) -> sparsam_train::Finished {
+    run.go(&AtomicBool::new(false), &mut |_| {}).unwrap()
+}
+
+fn weights(run: &mut Run) -> Vec<(String, Vec<u32>)> {
+    let names = run.learner().kept();
+    let bits = |run: &mut Run, name: &str| {
+        run.learner().state(name).unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+    };
+    names.into_iter().map(|(name, _)| (name.clone(), bits(run, &name))).collect()
+}
+
+fn losses(folder: &Path) -> Vec<(u64, u64)> {
+    let records = metrics::read(&folder.join("metrics.jsonl")).unwrap();
+    let loss = |r: &Record| match r {
+        Record::Step(s) => Some((s.step, s.loss.to_bits())),
+        Record::HeldBack { step, held_back_loss } => Some((*step + 1000, held_back_loss.to_bits())),
+        _ => None,
+    };
+    records.iter().filter_map(loss).collect()
+}
+
+#[test]
+fn a_run_learns_and_leaves_its_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("run");
+    let more = "[optimiser]\nlr = 1e-2\n[run]\nsteps = 60\nbatch = 8\nseed = 3\nthreads = 1\neval_every = 20\n\
+                sample_every = 30\nsample_prompt = \"the \"\nusd_per_hour = 2.0\n";
+    let mut run = Run::start(&folder, config(dir.path(), more)).unwrap();
+    let mut samples = Vec::new();
+    let finished = run
+        .go(&AtomicBool::new(false), &mut |e| {
+            if let Event::Sample(step, text) = e {
+                samples.push((step, text.to_string()));
+            }
+        })
+        .unwrap();
+    assert!(finished.complete && finished.progress.step == 60);
+    let held: Vec<f64> = metrics::read(&folder.join("metrics.jsonl"))
+        .unwrap()
+        .iter()
+        .filter_map(|r| match r {
+            Record::HeldBack { held_back_loss, .. } => Some(*held_back_loss),
+            _ => None,
+        })
+        .collect();
+    // At first every byte of 257 is as likely as any: ln 257 = 5.55. The sentences have about 0.5 nats a byte.
+    assert!((held[0] - 5.55).abs() < 0.1 && held.len() == 4 && held[3] < 1.6, "{held:?}");
+    assert!(samples.len() == 2 && samples.iter().all(|(_, s)| s.starts_with("the ")), "{samples:?}");
+    let html = std::fs::read_to_string(folder.join("report.html")).unwrap();
+    assert!(html.contains("held-back loss") && html.contains("That cost"));
+    assert!(
+        Run::start(&folder, config(dir.path(), more))
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("holds a run already")
+    );
+
+    // Its own config.toml makes the same run once more.
+    let again = dir.path().join("again");
+    let mut replay = Run::start(&again, Config::open(&folder.join("config.toml")).unwrap()).unwrap();
+    replay.set_steps(2);
+    assert_eq!(replay.settings().schedule.lr, run.settings().schedule.lr);
+    replay.go(&AtomicBool::new(false), &mut |_| {}).unwrap();
+    assert_eq!(losses(&again)[..2], losses(&folder)[..2]);
+}
+
+#[test]
+fn a_run_stopped_and_taken_up_again_is_the_run_that_was_not() {
+    let dir = tempfile::tempdir().unwrap();
+    for accumulate in [1, 2] {
+        let more = format!("{SHORT}accumulate = {accumulate}\n");
+        let whole = dir.path().join(format!("whole{accumulate}"));
+        let mut a = Run::start(&whole, config(dir.path(), &more)).unwrap();
+        assert!(go(&mut a).complete);
+
+        let parts = dir.path().join(format!("parts{accumulate}"));
+        let mut b = Run::start(&parts, config(dir.path(), &more)).unwrap();
+        let stop = AtomicBool::new(false);
+        let stopped = b
+            .go(&stop, &mut |e| {
+                if matches!(e, Event::Step(s) if s.step == 7) {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            })
+            .unwrap();
+        assert!(!stopped.complete && stopped.progress.step == 7);
+        drop(b);
+        let mut b = Run::resume(&parts).unwrap();
+        assert_eq!(b.progress(), &stopped.progress);
+        assert!(go(&mut b).complete);
+        assert!(weights(&mut a) == weights(&mut b), "accumulate {accumulate}: weights or moments differ");
+        assert_eq!(losses(&whole), losses(&parts));
+    }
+}
+
+#[test]
+fn old_checkpoints_go_and_foreign_ones_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("run");
+    let mut run = Run::start(&folder, config(dir.path(), SHORT)).unwrap();
+    go(&mut run);
+    let kept = checkpoint::list(&folder.join("checkpoints")).unwrap();
+    let names: Vec<_> = kept.iter().map(|p| p.file_name().unwrap().to_str().unwrap()).collect();
+    assert_eq!(names, ["step-00000010.safetensors", "step-00000012.safetensors"]);
+
+    let other = dir.path().join("other");
+    let mut c = config(dir.path(), SHORT);
+    c.model.hidden = Some(48);
+    let mut other = Run::start(&other, c).unwrap();
+    let e = checkpoint::load(&kept[0], other.learner()).unwrap_err().to_string();
+    assert!(e.contains("belongs to another model"), "{e}");
+    let e = Run::resume(&dir.path().join("nothing")).err().unwrap().to_string();
+    assert!(e.contains("holds no run"), "{e}");
+}
+
+#[test]
+fn a_run_that_diverges_says_so_and_keeps_the_checkpoint_from_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("run");
+    let mut run = Run::start(&folder, config(dir.path(), SHORT)).unwrap();
+    let stop = AtomicBool::new(false);
+    run.go(&stop, &mut |e| stop.store(matches!(e, Event::Saved(_)), Ordering::Relaxed)).unwrap();
+    // One broken number in the weights, as a broken disk or cosmic ray leaves it.
+    let name = run.learner().parameters()[1].name.clone();
+    let mut w = run.learner().state(&name).unwrap().to_vec();
+    w[0] = f32::NAN;
+    run.learner().set_state(&name, &w).unwrap();
+    let e = run.go(&AtomicBool::new(false), &mut |_| {}).unwrap_err();
+    assert!(matches!(e, Error::Diverged { step: 6, .. }), "{e}");
+    let said = e.to_string();
+    assert!(
+        said.contains("the loss is NaN") && said.contains("checkpoint of step 5 is from before"),
+        "{said}"
+    );
+    assert_eq!(Run::resume(&folder).unwrap().progress().step, 5);
+
+    let mut c = config(dir.path(), SHORT);
+    (c.run.steps, c.run.max_rise, c.optimiser.lr, c.optimiser.clip) =
+        (Some(60), Some(0.3), Some(3.0), Some(0.0));
+    c.optimiser.warmup = Some(10);
+    let mut run = Run::start(&dir.path().join("wild"), c).unwrap();
+    let e = run.go(&AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
+    assert!(e.contains("the loss has risen from") || e.contains("the loss is NaN"), "{e}");
+}
+
+#[test]
+fn jsonl_token_files_and_learnt_vocabularies_are_trained_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines: String = text().lines().map(|l| format!("{{\"body\": \"{l}\"}}\n")).collect();
+    let jsonl = dir.path().join("docs.jsonl");
+    std::fs::write(&jsonl, lines).unwrap();
+    let mut c = config(dir.path(), SHORT);
+    c.data.train = vec![jsonl];
+    c.data.field = Some("body".into());
+    c.data.tokenizer = Some("bpe:300".into());
+    let mut first = Run::start(&dir.path().join("bpe"), c).unwrap();
+    assert!(first.receipt().vocab_size > 257 && first.receipt().tokens_sha256.is_some());
+    go(&mut first);
+
+    // The tokens that the first run has made, given as a file, with its tokenizer.
+    let mut c = config(dir.path(), SHORT);
+    c.data.train = vec![dir.path().join("bpe/tokens.bin")];
+    c.data.tokenizer = Some(dir.path().join("bpe/tokenizer").to_str().unwrap().into());
+    let mut second = Run::start(&dir.path().join("tokens"), c).unwrap();
+    go(&mut second);
+    assert_eq!(losses(&dir.path().join("bpe")), losses(&dir.path().join("tokens")));
+    assert!(weights(&mut first) == weights(&mut second));
+}
