@@ -144,7 +144,8 @@ pub(crate) async fn respond(
                 stops: wanted.stops.clone(),
                 ignore_end: wanted.ignore_end,
             };
-            asks.push(Ask { request, n_logprobs, index, events: sender.clone() });
+            let events = sender.clone();
+            asks.push(Ask { request, n_logprobs, index, stream: wanted.stream, events });
         }
     }
     drop(sender);

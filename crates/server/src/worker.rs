@@ -32,6 +32,9 @@ pub(crate) struct Ask {
     pub n_logprobs: Option<usize>,
     /// Which of the client's answers it is.
     pub index: usize,
+    /// Each token at once. Otherwise all come together with the last: waking the client's thread for every token takes
+    /// time from the kernels.
+    pub stream: bool,
     pub events: UnboundedSender<Event>,
 }
 
@@ -45,6 +48,8 @@ pub(crate) struct Worker {
 
 struct Client {
     index: usize,
+    stream: bool,
+    held: Vec<Event>,
     events: UnboundedSender<Event>,
     since: Instant,
 }
@@ -95,7 +100,8 @@ fn run(mut batcher: Batcher, asks: Receiver<Ask>, metrics: &Metrics) {
         add(&metrics.prompt_tokens, ask.request.prompt.len());
         match batcher.submit(ask.request, ask.n_logprobs) {
             Ok(id) => {
-                clients.insert(id, Client { index: ask.index, events: ask.events, since: Instant::now() });
+                let Ask { index, stream, events, .. } = ask;
+                clients.insert(id, Client { index, stream, held: Vec::new(), events, since: Instant::now() });
             }
             // A client that is gone needs no answer.
             Err(e) => drop(ask.events.send(Event::Failed(e.into()))),
@@ -122,7 +128,7 @@ fn run(mut batcher: Batcher, asks: Receiver<Ask>, metrics: &Metrics) {
         match batcher.step() {
             Ok(outputs) => {
                 for o in outputs {
-                    let Some(client) = clients.get(&o.id) else { continue };
+                    let Some(client) = clients.get_mut(&o.id) else { continue };
                     add(&metrics.generated_tokens, 1);
                     if let Some(reused) = o.reused {
                         add(&metrics.reused_tokens, reused);
@@ -137,8 +143,11 @@ fn run(mut batcher: Batcher, asks: Receiver<Ask>, metrics: &Metrics) {
                         finish: o.finish,
                         reused,
                     };
-                    // A closed channel is seen before the next step.
-                    let _ = client.events.send(event);
+                    client.held.push(event);
+                    if client.stream || o.finish.is_some() {
+                        // A closed channel is seen before the next step.
+                        client.held.drain(..).for_each(|event| drop(client.events.send(event)));
+                    }
                     if o.finish.is_some() {
                         clients.remove(&o.id);
                     }
