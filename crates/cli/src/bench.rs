@@ -3,7 +3,7 @@
 use crate::load::{Load, positive};
 use crate::text;
 use serde_json::json;
-use sparsam_engine::{Timing, bench_generate, bench_prompt, roofs};
+use sparsam_engine::{Timing, Work, bench, profile, roofs};
 
 /// Measure speed: prompts and generation of a model, as shares of the machine's roofs
 #[derive(clap::Args)]
@@ -33,6 +33,9 @@ pub struct Args {
     /// Tokens to generate (0: leave it out)
     #[arg(long, short = 'n', default_value_t = 128, value_name = "N")]
     generate: usize,
+    /// Texts that are generated at the same time
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = positive)]
+    parallel: usize,
     /// Repetitions, after one that does not count
     #[arg(long, short = 'r', default_value_t = 3, value_name = "N", value_parser = positive)]
     repeat: usize,
@@ -64,13 +67,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     eprintln!("{}", engine.describe());
     let roofs = roofs(&engine, args.prompt)?;
     let mut measured: Vec<(String, Timing, f64, &str)> = Vec::new();
-    if args.prompt > 0 {
-        let timing = bench_prompt(&engine, args.prompt, args.repeat)?;
-        measured.push((format!("pp{}", args.prompt), timing, roofs.prompt(), "arithmetic"));
-    }
-    if args.generate > 0 {
-        let timing = bench_generate(&engine, args.generate, args.repeat)?;
-        measured.push((format!("tg{}", args.generate), timing, roofs.generation(), "bandwidth"));
+    let generate = Work::Generate { tokens: args.generate, texts: args.parallel };
+    let works = [Work::Prompt(args.prompt), generate].into_iter().filter(|w| w.tokens() > 0);
+    let works: Vec<Work> = works.collect();
+    for &work in &works {
+        let (name, roof, of) = match work {
+            Work::Prompt(n) => (format!("pp{n}"), roofs.prompt(), "arithmetic"),
+            Work::Generate { tokens, texts: 1 } => (format!("tg{tokens}"), roofs.generation(), "bandwidth"),
+            // All texts share one reading of the weights.
+            Work::Generate { tokens, texts } => {
+                let roof = (roofs.generation() * texts as f64).min(roofs.prompt());
+                (format!("tg{tokens}x{texts}"), roof, "bandwidth")
+            }
+        };
+        measured.push((name, bench(&engine, work, args.repeat)?, roof, of));
     }
     if args.json {
         let tests = measured.iter().map(|(name, t, roof, of)| {
@@ -112,23 +122,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ))?;
     }
     if args.profile {
-        for (what, n) in [("prompt", args.prompt), ("generation", args.generate)] {
-            if n == 0 {
-                continue;
-            }
-            let mut runner = engine.runner(1)?;
-            let mut sequence = runner.sequence();
-            let step = if what == "prompt" { n } else { 1 };
-            for warm in [true, false] {
-                runner.truncate(&mut sequence, 0);
-                runner.set_profiling(!warm);
-                for _ in 0..n.div_ceil(step) {
-                    runner.append(&mut sequence, &vec![0; step])?;
-                }
-            }
-            if let Some(profile) = runner.profile() {
-                eprintln!("\n{what} of {n}:\n{profile}");
-            }
+        for &work in &works {
+            eprintln!("\n{work:?}:\n{}", profile(&engine, work)?);
         }
     }
     Ok(())

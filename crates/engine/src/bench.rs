@@ -1,7 +1,7 @@
 //! Speed of a model, and how it stands to the machine's roofs.
 
-use crate::{Engine, Error, Sequence};
-use sparsam_runtime::Arithmetic;
+use crate::{Engine, Error, Feed, Runner, Sequence, Want};
+use sparsam_runtime::{Arithmetic, Profile};
 use std::time::Instant;
 
 /// Seconds of each repetition.
@@ -61,45 +61,118 @@ fn made_up(engine: &Engine, n: usize) -> Vec<u32> {
     (0..n as u64).map(|i| (i * 7919 % vocab) as u32).collect()
 }
 
-/// Reads a prompt of `n` tokens into an empty cache, `repeat` times after a first one (llama-bench's `pp`).
-///
-/// # Errors
-/// If `n` is beyond the context.
-pub fn bench_prompt(engine: &Engine, n: usize, repeat: usize) -> Result<Timing, Error> {
-    let tokens = made_up(engine, n);
-    time(engine, n, repeat, |runner, sequence| runner.append(sequence, &tokens).map(|_| ()))
+/// Texts that are measured side by side in one cache.
+struct Texts {
+    runner: Runner,
+    sequences: Vec<Sequence>,
 }
 
-/// Writes `n` tokens into an empty cache, one after the other (llama-bench's `tg`).
-///
-/// # Errors
-/// As [`bench_prompt`].
-pub fn bench_generate(engine: &Engine, n: usize, repeat: usize) -> Result<Timing, Error> {
-    let tokens = made_up(engine, n);
-    time(engine, n, repeat, |runner, sequence| {
-        tokens.iter().try_for_each(|&token| runner.append(sequence, &[token]).map(|_| ()))
-    })
-}
+impl Texts {
+    fn new(engine: &Engine, count: usize, n: usize) -> Result<Texts, Error> {
+        let context = engine.context().max(n).min(engine.model().facts().context_length);
+        let runner = engine.runner_with(count, context)?;
+        let sequences = (0..count).map(|_| runner.sequence()).collect();
+        Ok(Texts { runner, sequences })
+    }
 
-fn time(
-    engine: &Engine,
-    n: usize,
-    repeat: usize,
-    run: impl Fn(&mut crate::Runner, &mut Sequence) -> Result<(), Error>,
-) -> Result<Timing, Error> {
-    let mut runner =
-        engine.runner_with(1, engine.context().max(n).min(engine.model().facts().context_length))?;
-    let mut sequence = runner.sequence();
-    let mut seconds = Vec::new();
-    for i in 0..=repeat {
-        runner.truncate(&mut sequence, 0);
-        let start = Instant::now();
-        run(&mut runner, &mut sequence)?;
-        if i > 0 {
-            seconds.push(start.elapsed().as_secs_f64());
+    fn clear(&mut self) {
+        for sequence in &mut self.sequences {
+            self.runner.truncate(sequence, 0);
         }
     }
-    Ok(Timing { tokens: n, seconds })
+
+    /// One more token for every text.
+    fn write(&mut self, token: u32) -> Result<(), Error> {
+        let tokens = [token];
+        let feed = |sequence| Feed { sequence, tokens: &tokens, want: Want::Last };
+        let mut feeds: Vec<Feed> = self.sequences.iter_mut().map(feed).collect();
+        self.runner.run(&mut feeds).map(|_| ())
+    }
+
+    /// Seconds of `repeat` runs from empty texts, after one that does not count.
+    fn time(
+        &mut self,
+        repeat: usize,
+        run: impl Fn(&mut Texts) -> Result<(), Error>,
+    ) -> Result<Vec<f64>, Error> {
+        let mut seconds = Vec::new();
+        for i in 0..=repeat {
+            self.clear();
+            let start = Instant::now();
+            run(self)?;
+            if i > 0 {
+                seconds.push(start.elapsed().as_secs_f64());
+            }
+        }
+        Ok(seconds)
+    }
+
+    /// The time by kind of kernel of one run, after one that does not count.
+    fn profile(mut self, run: impl Fn(&mut Texts) -> Result<(), Error>) -> Result<Profile, Error> {
+        self.time(0, &run)?;
+        self.clear();
+        self.runner.set_profiling(true);
+        run(&mut self)?;
+        Ok(self.runner.profile().cloned().unwrap_or_default())
+    }
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Reads a prompt of this many tokens into an empty cache (llama-bench's `pp`).
+    Prompt(usize),
+    /// Writes tokens one after the other into empty caches (llama-bench's `tg`).
+    Generate {
+        /// Tokens of each text.
+        tokens: usize,
+        /// Texts at the same time.
+        texts: usize,
+    },
+}
+
+impl Work {
+    fn texts(self, engine: &Engine) -> Result<Texts, Error> {
+        match self {
+            Work::Prompt(n) => Texts::new(engine, 1, n),
+            Work::Generate { tokens, texts } => Texts::new(engine, texts, tokens),
+        }
+    }
+
+    fn run(self, engine: &Engine, texts: &mut Texts) -> Result<(), Error> {
+        match self {
+            Work::Prompt(n) => {
+                let tokens = made_up(engine, n);
+                texts.runner.append(&mut texts.sequences[0], &tokens).map(|_| ())
+            }
+            Work::Generate { tokens, .. } => made_up(engine, tokens).iter().try_for_each(|&t| texts.write(t)),
+        }
+    }
+
+    /// Tokens of a run, over all texts.
+    pub fn tokens(self) -> usize {
+        match self {
+            Work::Prompt(n) => n,
+            Work::Generate { tokens, texts } => tokens * texts,
+        }
+    }
+}
+
+/// Times `work`, `repeat` times after one that does not count.
+///
+/// # Errors
+/// If its texts are beyond the context.
+pub fn bench(engine: &Engine, work: Work, repeat: usize) -> Result<Timing, Error> {
+    let seconds = work.texts(engine)?.time(repeat, |texts| work.run(engine, texts))?;
+    Ok(Timing { tokens: work.tokens(), seconds })
+}
+
+/// The time of `work` by kind of kernel.
+///
+/// # Errors
+/// As [`bench`].
+pub fn profile(engine: &Engine, work: Work) -> Result<Profile, Error> {
+    work.texts(engine)?.profile(|texts| work.run(engine, texts))
 }
 
 /// Measures the machine (half a second) and counts the model's work for a prompt of `n` tokens.

@@ -36,7 +36,7 @@ mod stop;
 
 pub use attention_bench::{AttentionForm, AttentionShape, bench_attention};
 pub use batch::{Batcher, JobId, Logprob, Output};
-pub use bench::{Roofs, Timing, bench_generate, bench_prompt, roofs};
+pub use bench::{Roofs, Timing, Work, bench, profile, roofs};
 pub use engine::{DEFAULT_CONTEXT, Engine, Options};
 pub use error::Error;
 pub use generate::{Finish, Generated, Request, generate};
