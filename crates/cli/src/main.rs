@@ -6,6 +6,7 @@
 mod bench;
 mod bench_attention;
 mod bench_train;
+mod convert;
 mod eval;
 mod info;
 mod load;
@@ -34,6 +35,7 @@ enum Command {
     Bench(bench::Args),
     Serve(serve::Args),
     Train(Box<train::Args>),
+    Convert(convert::Args),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Train(args) => train::run(*args),
+        Command::Convert(args) => convert::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
