@@ -5,7 +5,7 @@ use anyhow::bail;
 use clap::ValueEnum;
 use serde_json::json;
 use sparsam_plan::units;
-use sparsam_train::config::{Arch, Config};
+use sparsam_train::config::{Arch, Config, SaveAs};
 use sparsam_train::metrics::StepRecord;
 use sparsam_train::schedule::Form;
 use sparsam_train::{Event, Run};
@@ -27,7 +27,8 @@ const QUIET_SECONDS: u64 = 10;
   sparsam train --resume runs/first
 
 The folder of a run holds config.toml (all settings, derived ones included; give it back with --config to make the same
-run), metrics.jsonl, checkpoints/ and report.html. Ctrl-C stops at the next step with a checkpoint; --resume goes on bit
+run), metrics.jsonl, checkpoints/ and report.html; at the end the model as model.gguf and in Hugging Face's layout as
+model/. Ctrl-C stops at the next step with a checkpoint; --resume goes on bit
 for bit.")]
 pub struct Args {
     /// Settings as TOML; flags override them
@@ -67,6 +68,9 @@ struct Flags {
     /// bytes, bpe:SIZE (learnt from the data), or a tokenizer.json or its folder [default: bytes]
     #[arg(long)]
     tokenizer: Option<String>,
+    /// A file with the chat template that a new model shall have
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// Tokens in a row [default: 256]
     #[arg(long)]
     ctx: Option<usize>,
@@ -139,6 +143,9 @@ struct Flags {
     /// Steps between checkpoints [default: as evaluations]
     #[arg(long)]
     checkpoint_every: Option<u64>,
+    /// Type of the weights in the model that is saved at the end [default: f32]
+    #[arg(long)]
+    save_as: Option<SaveAsName>,
     /// Run the first N steps a second time without the compiler, and compare
     #[arg(long, value_name = "N")]
     verify: Option<u64>,
@@ -172,6 +179,16 @@ impl From<ArchName> for Arch {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum SaveAsName {
+    /// As they were trained
+    F32,
+    /// Half as large, rounded to 11 bits
+    F16,
+    /// Half as large, rounded to 8 bits
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum ScheduleName {
     /// Half a cosine down
     Cosine,
@@ -201,6 +218,7 @@ impl Flags {
         put(self.held_back_part, &mut d.held_back_part);
         put(self.field, &mut d.field);
         put(self.tokenizer, &mut d.tokenizer);
+        put(self.chat_template, &mut d.chat_template);
         put(self.ctx, &mut d.ctx);
         let from = self.from.map(|name| model::resolve(&name)).transpose()?;
         put(from.map(|path| path.display().to_string()), &mut m.from);
@@ -232,6 +250,12 @@ impl Flags {
         put(self.sample_every, &mut r.sample_every);
         put(self.sample_prompt, &mut r.sample_prompt);
         put(self.checkpoint_every, &mut r.checkpoint_every);
+        let save_as = self.save_as.map(|s| match s {
+            SaveAsName::F32 => SaveAs::F32,
+            SaveAsName::F16 => SaveAs::F16,
+            SaveAsName::Bf16 => SaveAs::Bf16,
+        });
+        put(save_as, &mut r.save_as);
         put(self.verify, &mut r.verify);
         put(self.eager.then_some(true), &mut r.eager);
         put(self.threads, &mut r.threads);
@@ -303,6 +327,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     ))?;
     if let Some(loss) = p.held_back {
         text::say(format_args!("held back: loss {loss:.4}, perplexity {:.3}", loss.exp()))?;
+    }
+    let saved = ["model.gguf", "model"].map(|name| folder.join(name));
+    for path in saved.iter().filter(|path| finished.complete && path.exists()) {
+        text::say(format_args!("model: {}", path.display()))?;
     }
     text::say(format_args!("report: {}", folder.join("report.html").display()))
 }

@@ -7,7 +7,7 @@ use crate::Error;
 use crate::optim::Optimiser;
 use crate::schedule::{Form, Schedule};
 use serde::{Deserialize, Serialize};
-use sparsam_ir::AdamW;
+use sparsam_ir::{AdamW, DType};
 use std::path::{Path, PathBuf};
 
 /// All settings of a run. `None` is derived, and filled in by [`Config::complete`].
@@ -78,6 +78,8 @@ pub struct DataConfig {
     /// `bytes`, `bpe:SIZE` (learnt from the text), or a file or folder with a tokenizer. With `model.from` it is that
     /// model's.
     pub tokenizer: Option<String>,
+    /// A file with the chat template that a new model shall have.
+    pub chat_template: Option<PathBuf>,
     /// Tokens in a row.
     pub ctx: Option<usize>,
 }
@@ -136,6 +138,8 @@ pub struct RunConfig {
     pub checkpoint_every: Option<u64>,
     /// Checkpoints kept beside the newest.
     pub keep: Option<usize>,
+    /// Type of the weights in the model that is saved at the end: `f32`, `f16`, `bf16`.
+    pub save_as: Option<SaveAs>,
     /// The run stops where the smoothed loss is this much above the lowest it has been; 0: it does not.
     pub max_rise: Option<f64>,
     /// The first steps that are run a second time without the compiler, and compared.
@@ -146,6 +150,30 @@ pub struct RunConfig {
     pub threads: Option<usize>,
     /// What the machine costs an hour, in dollars.
     pub usd_per_hour: Option<f64>,
+}
+
+/// Types that a trained model can be saved in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SaveAs {
+    /// As they were trained.
+    #[default]
+    F32,
+    /// Half as large, rounded to 11 bits.
+    F16,
+    /// Half as large, rounded to 8 bits.
+    Bf16,
+}
+
+impl SaveAs {
+    /// The element type.
+    pub fn dtype(self) -> DType {
+        match self {
+            SaveAs::F32 => DType::F32,
+            SaveAs::F16 => DType::F16,
+            SaveAs::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// What made a run's `config.toml`.
@@ -195,6 +223,7 @@ pub struct Settings {
     pub sample_tokens: usize,
     pub checkpoint_every: u64,
     pub keep: usize,
+    pub save_as: SaveAs,
     pub max_rise: f64,
     pub verify: u64,
     pub eager: bool,
@@ -347,6 +376,7 @@ impl Config {
             sample_tokens: *r.sample_tokens.get_or_insert(64),
             checkpoint_every: (*r.checkpoint_every.get_or_insert(eval_every)).max(1),
             keep: *r.keep.get_or_insert(1),
+            save_as: *r.save_as.get_or_insert_default(),
             max_rise: number("run.max_rise", *r.max_rise.get_or_insert(2.0), 0.0, f64::MAX)?,
             verify: *r.verify.get_or_insert(0),
             eager: *r.eager.get_or_insert(false),

@@ -37,6 +37,9 @@ pub enum Error {
     /// A model whose shapes do not fit together.
     #[error("tracing the training step: {0}")]
     Trace(#[from] sparsam_ir::TraceError),
+    /// A model that cannot be opened or saved.
+    #[error(transparent)]
+    Engine(#[from] sparsam_engine::Error),
     /// A step that does not compile or run.
     #[error(transparent)]
     Runtime(#[from] sparsam_runtime::Error),

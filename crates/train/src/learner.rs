@@ -5,10 +5,15 @@ use crate::data::PackedRows;
 use crate::optim::{Optimiser, RATES};
 use crate::random::Random;
 use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET};
+use sparsam_dtype::codec;
+use sparsam_engine::{Plan, Saver};
+use sparsam_formats::{Kind, Source};
 use sparsam_ir::{AdamW, DType, Graph, Trace};
 use sparsam_models::nn::{Batch, Cache};
 use sparsam_models::{Model, Parameter};
 use sparsam_runtime::{Data, Device, Options, Outputs, Session, Step, Weights};
+use sparsam_tokenizer::Tokenizer;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Tokens in a page of the cache that samples are generated with.
@@ -194,6 +199,49 @@ impl Learner {
             self.set_state(&p.name, &values)?;
         }
         Ok(())
+    }
+
+    /// The weights of a model that is there already, moments 0.
+    ///
+    /// # Errors
+    /// If a tensor is missing, misshapen or cannot be decoded.
+    pub fn take_from(&mut self, source: &Source) -> Result<(), Error> {
+        for spec in self.model.weights(source)? {
+            let tensor = source.require(&spec.source_name)?;
+            let turned = spec.transform.apply(tensor.bytes, tensor.info.dtype, &tensor.info.shape)?;
+            let mut values = vec![0f32; spec.shape.iter().product()];
+            codec::decode(turned.dtype, &turned.bytes, &mut values).map_err(|e| {
+                Error::config(source.path().display().to_string(), format!("{}: {e}", spec.name))
+            })?;
+            if let Some(bad) = values.iter().find(|x| !x.is_finite()) {
+                let problem = format!("tensor {} holds {bad}; the file is damaged", spec.source_name);
+                return Err(Error::config(source.path().display().to_string(), problem));
+            }
+            self.set_state(&spec.name, &values)?;
+            drop(turned);
+            source.release(&spec.source_name);
+        }
+        Ok(())
+    }
+
+    /// Writes the model as it is: a GGUF file, or a folder as Hugging Face lays it out.
+    ///
+    /// # Errors
+    /// If the format cannot hold the configuration or the tokenizer; if a weight is not finite or does not fit `dtype`;
+    /// if there is a folder at `path` that is not empty, or the disk is full.
+    pub fn export(
+        &self,
+        path: &Path,
+        kind: Kind,
+        dtype: DType,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<(), Error> {
+        let plan = Plan::uniform(&self.model, kind, dtype)?;
+        let mut saver = Saver::create(path, kind, &self.model, tokenizer, &plan)?;
+        for p in &self.parameters {
+            saver.append(&p.name, &p.shape, DType::F32, self.session.state_bytes(&p.name)?)?;
+        }
+        Ok(saver.finish()?)
     }
 
     /// One optimiser step on `micro` batches of as many rows as it was made for; step `t` counts from 1.

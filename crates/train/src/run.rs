@@ -7,6 +7,7 @@
 //! RUN/metrics.jsonl             measures, a line each
 //! RUN/checkpoints/step-*        weights, moments, progress
 //! RUN/report.html               curves, samples, settings
+//! RUN/model/, RUN/model.gguf    the model at the end, for other programs
 //! ```
 
 mod prepare;
@@ -16,7 +17,7 @@ use crate::data::{Corpus, PackedRows, Rows};
 use crate::metrics::{Metrics, Record, StepRecord};
 use crate::verify::{self, Frozen};
 use crate::{Error, How, Learner, Outcome, checkpoint, checkpoint::Progress, report};
-use sparsam_formats::AtomicFile;
+use sparsam_formats::{AtomicFile, Kind, Source};
 use sparsam_kernels::roof::{self, Arithmetic};
 use sparsam_kernels::{Context, Cpu};
 use sparsam_models::Model;
@@ -62,7 +63,9 @@ pub struct Run {
     config: Config,
     receipt: Receipt,
     settings: Settings,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Tokenizer,
+    /// The model that it continues with.
+    base: Option<Source>,
     train: Rows,
     held_back: Option<Rows>,
     learner: Learner,
@@ -143,6 +146,7 @@ impl Run {
             receipt: p.receipt,
             settings,
             tokenizer: p.tokenizer,
+            base: p.base,
             train,
             held_back,
             learner,
@@ -153,7 +157,10 @@ impl Run {
     }
 
     fn initialise(&mut self) -> Result<(), Error> {
-        self.learner.initialise(self.settings.seed)
+        match &self.base {
+            Some(source) => self.learner.take_from(source),
+            None => self.learner.initialise(self.settings.seed),
+        }
     }
 
     fn checkpoints(&self) -> PathBuf {
@@ -186,9 +193,9 @@ impl Run {
         &mut self.learner
     }
 
-    /// Its tokenizer, if it has one.
-    pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.tokenizer.as_ref()
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
     }
 
     /// How far it is.
@@ -213,7 +220,32 @@ impl Run {
         if saved != self.progress.step {
             self.save(&mut saved, on)?;
         }
-        Ok(Finished { progress: self.progress.clone(), complete: self.progress.step >= self.settings.steps })
+        let complete = self.progress.step >= self.settings.steps;
+        if complete {
+            self.export(&mut metrics, on)?;
+            self.write_report()?;
+        }
+        Ok(Finished { progress: self.progress.clone(), complete })
+    }
+
+    /// Writes the model into the run's folder as `model/`, in Hugging Face's layout, and as `model.gguf`. What one of the
+    /// forms cannot hold (a tokenizer without a name in GGUF, say) is noted: the run is complete without it, and its
+    /// checkpoint has the weights.
+    fn export(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let dtype = self.settings.save_as.dtype();
+        let folder = self.folder.join("model");
+        // From an earlier end of this run, when it had fewer steps.
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).map_err(Error::io("replace", &folder))?;
+        }
+        for (path, kind) in [(folder, Kind::Safetensors), (self.folder.join("model.gguf"), Kind::Gguf)] {
+            if let Err(e) = self.learner.export(&path, kind, dtype, Some(&self.tokenizer)) {
+                let note = format!("the model is not saved as {}: {e}", path.display());
+                on(Event::Note(&note));
+                metrics.add(&Record::Note { step: self.progress.step, note })?;
+            }
+        }
+        Ok(())
     }
 
     fn steps(
@@ -369,16 +401,15 @@ impl Run {
 
     fn sample(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let step = self.progress.step;
-        let Some(text) = self.write_on(&self.settings.sample_prompt.clone(), step)? else { return Ok(()) };
+        let text = self.write_on(&self.settings.sample_prompt.clone(), step)?;
         metrics.add(&Record::Sample { step, sample: text.clone() })?;
         on(Event::Sample(step, &text));
         Ok(())
     }
 
-    /// `prompt` and what the model, as it is, writes behind it; `None` without a tokenizer. An empty prompt is the start
-    /// of a document.
-    fn write_on(&mut self, prompt: &str, seed: u64) -> Result<Option<String>, Error> {
-        let Some(tokenizer) = &self.tokenizer else { return Ok(None) };
+    /// `prompt` and what the model, as it is, writes behind it. An empty prompt is the start of a document.
+    fn write_on(&mut self, prompt: &str, seed: u64) -> Result<String, Error> {
+        let tokenizer = &self.tokenizer;
         let mut tokens = tokenizer.encode(prompt, Specials { add: true, parse: false })?;
         if tokens.is_empty() {
             tokens = vec![tokenizer.eos().or(tokenizer.bos()).unwrap_or(0)];
@@ -387,7 +418,7 @@ impl Run {
         let (n, seed) = (self.settings.sample_tokens, self.settings.seed ^ seed);
         let written = self.learner.sample(&tokens, n, TEMPERATURE, seed, tokenizer.eos())?;
         tokens.extend(written);
-        Ok(Some(tokenizer.decode(&tokens, true)))
+        Ok(tokenizer.decode(&tokens, true))
     }
 
     fn save(&mut self, saved: &mut u64, on: &mut dyn FnMut(Event)) -> Result<(), Error> {

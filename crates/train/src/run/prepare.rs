@@ -4,6 +4,7 @@ use super::*;
 use crate::config::Facts;
 use crate::data::{Sources, TokenWriter, documents};
 use crate::new;
+use sparsam_engine::Opened;
 use sparsam_tokenizer::{JsonFiles, train as vocabulary};
 
 /// Bytes of text that a vocabulary is learnt from, at most: pairs are as frequent in the rest.
@@ -12,7 +13,9 @@ const VOCABULARY_BYTES: usize = 64 << 20;
 /// What a run works with.
 pub(super) struct Prepared {
     pub model: Model,
-    pub tokenizer: Option<Tokenizer>,
+    pub tokenizer: Tokenizer,
+    /// The model that is continued with.
+    pub base: Option<Source>,
     pub train: Corpus,
     pub held_back: Option<Corpus>,
     pub settings: Settings,
@@ -21,7 +24,6 @@ pub(super) struct Prepared {
 
 /// Makes tokenizer and tokens in `folder`, and completes `config`.
 pub(super) fn prepare(folder: &Path, config: &mut Config) -> Result<Prepared, Error> {
-    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     let d = &mut config.data;
     if d.train.is_empty() {
         return Err(Error::config(
@@ -35,8 +37,13 @@ pub(super) fn prepare(folder: &Path, config: &mut Config) -> Result<Prepared, Er
             return Err(Error::data(path.clone(), "there is no such file"));
         }
     }
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     let field = d.field.get_or_insert_with(|| "text".to_string()).clone();
-    let tokenizer = tokenizer(folder, config, &field)?;
+    let base = base(config)?;
+    let tokenizer = match &base {
+        Some(opened) => opened.tokenizer()?.clone(),
+        None => new_tokenizer(folder, config, &field)?,
+    };
     let d = &config.data;
     let n_token_files = d.train.iter().chain(&d.held_back).filter(|p| Corpus::is_token_file(p)).count();
     let mut hash = None;
@@ -58,26 +65,47 @@ pub(super) fn prepare(folder: &Path, config: &mut Config) -> Result<Prepared, Er
     } else if n_token_files != d.train.len() + d.held_back.len() {
         return Err(Error::config("data", "text and token files are mixed; give one kind"));
     }
-    finish(folder, config, Some(tokenizer), hash)
+    finish(folder, config, tokenizer, base, hash)
+}
+
+/// The model that the settings continue with.
+fn base(config: &Config) -> Result<Option<Opened>, Error> {
+    let Some(from) = &config.model.from else { return Ok(None) };
+    let (m, d) = (&config.model, &config.data);
+    let new = m.arch.is_some() || m.size.is_some() || m.layers.is_some() || m.hidden.is_some();
+    if new || d.tokenizer.is_some() || d.chat_template.is_some() {
+        let problem =
+            "architecture, sizes, tokenizer and chat template are those of model.from; leave them out";
+        return Err(Error::config("model", problem));
+    }
+    Ok(Some(sparsam_engine::open(Path::new(from))?))
 }
 
 /// Opens what [`prepare`] has made.
 pub(super) fn reopen(folder: &Path, config: &mut Config) -> Result<Prepared, Error> {
-    let tokenizer = open_tokenizer(&folder.join("tokenizer"))?;
+    let base = base(config)?;
+    let tokenizer = match &base {
+        Some(opened) => opened.tokenizer()?.clone(),
+        None => open_tokenizer(&folder.join("tokenizer"))?,
+    };
     let hash = config.receipt.as_ref().and_then(|r| r.tokens_sha256.clone());
-    finish(folder, config, Some(tokenizer), hash)
+    finish(folder, config, tokenizer, base, hash)
 }
 
 fn finish(
     folder: &Path,
     config: &mut Config,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Tokenizer,
+    base: Option<Opened>,
     tokens_sha256: Option<String>,
 ) -> Result<Prepared, Error> {
-    let end = tokenizer.as_ref().and_then(Tokenizer::eos);
-    let vocab_size = tokenizer.as_ref().map_or(0, Tokenizer::vocab_size);
+    let end = tokenizer.eos();
+    let vocab_size = tokenizer.vocab_size();
     let ctx = *config.data.ctx.get_or_insert(crate::config::DEFAULT_CTX);
-    let model = Model::new(new::configure(&mut config.model, vocab_size, ctx)?);
+    let (model, base) = match base {
+        Some(opened) => (opened.model, Some(opened.source)),
+        None => (Model::new(new::configure(&mut config.model, vocab_size, ctx)?), None),
+    };
     let made = |stem: &str| vec![folder.join(TokenWriter::name(stem, vocab_size))];
     let files =
         |given: &[PathBuf], stem: &str| if tokens_sha256.is_some() { made(stem) } else { given.to_vec() };
@@ -91,8 +119,7 @@ fn finish(
         (all, Some(Corpus::open(&files(&config.data.held_back, "held-back"), end)?))
     };
     let parameters = model.n_parameters()? as u64;
-    let facts =
-        Facts { parameters, train_tokens: train.len() as u64, continues: config.model.from.is_some() };
+    let facts = Facts { parameters, train_tokens: train.len() as u64, continues: base.is_some() };
     let settings = config.complete(&facts)?;
     let receipt = Receipt {
         version: env!("CARGO_PKG_VERSION").to_string(),
@@ -103,11 +130,11 @@ fn finish(
         tokens_sha256,
     };
     config.receipt = Some(receipt.clone());
-    Ok(Prepared { model, tokenizer, train, held_back, settings, receipt })
+    Ok(Prepared { model, tokenizer, base, train, held_back, settings, receipt })
 }
 
 /// The tokenizer that the settings name, its files in the run's folder.
-fn tokenizer(folder: &Path, config: &mut Config, field: &str) -> Result<Tokenizer, Error> {
+fn new_tokenizer(folder: &Path, config: &mut Config, field: &str) -> Result<Tokenizer, Error> {
     let d = &mut config.data;
     let named = d.tokenizer.get_or_insert_with(|| "bytes".to_string()).clone();
     let into = folder.join("tokenizer");
@@ -146,6 +173,14 @@ fn tokenizer(folder: &Path, config: &mut Config, field: &str) -> Result<Tokenize
         JsonFiles { tokenizer: tokenizer_json, config: tokenizer_config }
     };
     std::fs::create_dir_all(&into).map_err(Error::io("create", &into))?;
+    let new = match &config.data.chat_template {
+        None => new,
+        Some(path) => {
+            let source = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+            let tokenizer = Tokenizer::from_json(&new.tokenizer, Some(&new.config))?;
+            tokenizer.with_chat_template(source).to_json()?
+        }
+    };
     for (name, bytes) in [("tokenizer.json", &new.tokenizer), ("tokenizer_config.json", &new.config)] {
         let path = into.join(name);
         let mut file = AtomicFile::create(&path)?;
