@@ -4,11 +4,13 @@
 //! (held to it by golden files, `scripts/goldens/formats_codec.py`). [`encode`] rounds to the nearest code. This is
 //! the plain meaning, block by block and scalar; fast kernels are held to it elsewhere.
 //!
-//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`]. All multi-byte fields are little endian.
+//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`]; [`blocks`] takes them apart into scales and
+//! codes, for who chooses the codes himself. All multi-byte fields are little endian.
 
 use crate::{DType, bf16, f16};
 use half::slice::HalfFloatSliceExt;
 
+pub mod blocks;
 mod fit;
 pub mod large;
 pub mod small;

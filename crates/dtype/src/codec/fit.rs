@@ -169,11 +169,15 @@ pub(super) struct Symmetric<const GROUPS: usize> {
     pub codes: [u8; 256],
 }
 
-/// Fits a block whose group scales are whole numbers from `lowest` (negative) to `-lowest - 1`.
-pub(super) fn symmetric<G: Grid, const GROUPS: usize>(x: &[f32; 256], lowest: i32) -> Symmetric<GROUPS> {
+/// Fits a block whose group scales are whole numbers from `lowest` (negative) to `-lowest - 1`. The squared error of
+/// element `i` counts `w[i]` times.
+pub(super) fn symmetric<G: Grid, const GROUPS: usize>(
+    x: &[f32; 256],
+    w: &[f32; 256],
+    lowest: i32,
+) -> Symmetric<GROUPS> {
     let group = 256 / GROUPS;
-    let w = importance(x, group);
-    let wanted: [f32; GROUPS] = std::array::from_fn(|g| best_scale::<G>(Part::of(x, &w, g, group)));
+    let wanted: [f32; GROUPS] = std::array::from_fn(|g| best_scale::<G>(Part::of(x, w, g, group)));
     let largest = wanted.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
     let mut d = stored(largest / lowest as f32);
     let mut scales = [0; GROUPS];
@@ -183,7 +187,7 @@ pub(super) fn symmetric<G: Grid, const GROUPS: usize>(x: &[f32; 256], lowest: i3
         let inverse_d = inverse(d);
         let (mut xv, mut vv) = (0.0f32, 0.0f32);
         for g in 0..GROUPS {
-            let part = Part::of(x, &w, g, group);
+            let part = Part::of(x, w, g, group);
             let near = (wanted[g] * inverse_d).round() as i32;
             let tried = (near - 1..=near + 1).map(|s| s.clamp(lowest, -lowest - 1));
             let scored = tried.map(|s| (error::<G>(part, d * s as f32), s));
@@ -231,10 +235,19 @@ fn affine_error(part: Part<'_>, scale: f32, min: f32, top: f32) -> f32 {
     error
 }
 
-/// Scale and minimum (both from 0) with the least squared error that the trials find.
-fn best_affine(part: Part<'_>, top: f32) -> (f32, f32) {
-    // The minimum is subtracted and not negative: a group of positive numbers starts at 0.
-    let (lo, hi) = part.x.iter().fold((0.0f32, f32::NEG_INFINITY), |(lo, hi), &v| (lo.min(v), hi.max(v)));
+/// What a format can say of a group's minimum.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Minimum {
+    /// It is subtracted and not negative: a group of positive numbers starts at 0.
+    Subtracted,
+    /// Any number.
+    Free,
+}
+
+/// Scale (from 0) and subtracted minimum with the least squared error that the trials find.
+pub(super) fn best_affine(part: Part<'_>, top: f32, minimum: Minimum) -> (f32, f32) {
+    let start = if minimum == Minimum::Free { f32::INFINITY } else { 0.0 };
+    let (lo, hi) = part.x.iter().fold((start, f32::NEG_INFINITY), |(lo, hi), &v| (lo.min(v), hi.max(v)));
     let range = hi - lo;
     if range < 1e-30 {
         return (0.0, -lo);
@@ -253,7 +266,7 @@ fn best_affine(part: Part<'_>, top: f32) -> (f32, f32) {
             continue; // all codes equal
         }
         let (mut scale, mut min) = ((n * xq - q1 * x1) / det, (q1 * xq - q2 * x1) / det);
-        if min < 0.0 {
+        if min < 0.0 && minimum == Minimum::Subtracted {
             (scale, min) = (xq / q2, 0.0);
         }
         if scale <= 0.0 {
@@ -267,12 +280,18 @@ fn best_affine(part: Part<'_>, top: f32) -> (f32, f32) {
     best
 }
 
-/// Fits a block whose codes go from 0 to `top` and whose group scales and minima go from 0 to `largest`.
-pub(super) fn affine<const GROUPS: usize>(x: &[f32; 256], top: u8, largest: u8) -> Affine<GROUPS> {
+/// Fits a block whose codes go from 0 to `top` and whose group scales and minima go from 0 to `largest`. The squared
+/// error of element `i` counts `w[i]` times.
+pub(super) fn affine<const GROUPS: usize>(
+    x: &[f32; 256],
+    w: &[f32; 256],
+    top: u8,
+    largest: u8,
+) -> Affine<GROUPS> {
     let group = 256 / GROUPS;
     let top = f32::from(top);
-    let w = importance(x, group);
-    let wanted: [(f32, f32); GROUPS] = std::array::from_fn(|g| best_affine(Part::of(x, &w, g, group), top));
+    let wanted: [(f32, f32); GROUPS] =
+        std::array::from_fn(|g| best_affine(Part::of(x, w, g, group), top, Minimum::Subtracted));
     let most = |f: fn(&(f32, f32)) -> f32| wanted.iter().map(f).fold(0.0, f32::max);
     let mut d = stored(most(|w| w.0) / f32::from(largest));
     let mut dmin = stored(most(|w| w.1) / f32::from(largest));
@@ -287,7 +306,7 @@ pub(super) fn affine<const GROUPS: usize>(x: &[f32; 256], top: u8, largest: u8) 
         // Least squares of x = d * (scale * q) - dmin * min over the whole block.
         let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0f32, 0.0f32, 0.0f32, 0.0f32, 0.0f32);
         for g in 0..GROUPS {
-            let part = Part::of(x, &w, g, group);
+            let part = Part::of(x, w, g, group);
             let mut least = f32::INFINITY;
             for s in around(wanted[g].0, d) {
                 for m in around(wanted[g].1, dmin) {

@@ -161,73 +161,138 @@ fn pack_scale_min(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
     out
 }
 
-/// `Q2_K` with searched scales (`codec/fit.rs`).
-pub fn encode_q2_k(x: &[f32; 256], block: &mut [u8; 84]) {
-    let fit = fit::affine::<16>(x, 3, 15);
+/// Writes a `Q2_K` block: scales and minima below 16, codes below 4.
+pub(super) fn pack_q2_k(
+    d: [f32; 2],
+    scales: &[i32; 16],
+    mins: &[u8; 16],
+    codes: &[u8; 256],
+    block: &mut [u8; 84],
+) {
     block.fill(0);
     for g in 0..16 {
-        block[g] = fit.scales[g] | fit.mins[g] << 4;
+        block[g] = scales[g] as u8 | mins[g] << 4;
     }
     for e in 0..256 {
-        put_two_bits(&mut block[16..80], e, fit.codes[e]);
+        put_two_bits(&mut block[16..80], e, codes[e]);
     }
-    put_f16(block, 80, fit.d);
-    put_f16(block, 82, fit.dmin);
+    put_f16(block, 80, d[0]);
+    put_f16(block, 82, d[1]);
+}
+
+/// Writes a `Q3_K` block: scales from -32 to 31, codes below 8.
+pub(super) fn pack_q3_k(d: f32, scales: &[i32; 16], codes: &[u8; 256], block: &mut [u8; 110]) {
+    block.fill(0);
+    for e in 0..256 {
+        put_one_bit(&mut block[..32], e, codes[e] >> 2);
+        put_two_bits(&mut block[32..96], e, codes[e] & 3);
+    }
+    for j in 0..16 {
+        let scale = (scales[j] + 32) as u8;
+        block[96 + j % 8] |= (scale & 15) << (j / 8 * 4);
+        block[104 + j % 4] |= scale >> 4 << (j / 4 * 2);
+    }
+    put_f16(block, 108, d);
+}
+
+/// Writes a `Q4_K` block: scales and minima below 64, codes below 16.
+pub(super) fn pack_q4_k(
+    d: [f32; 2],
+    scales: &[i32; 8],
+    mins: &[u8; 8],
+    codes: &[u8; 256],
+    block: &mut [u8; 144],
+) {
+    block.fill(0);
+    put_f16(block, 0, d[0]);
+    put_f16(block, 2, d[1]);
+    block[4..16].copy_from_slice(&pack_scale_min(&scales.map(|s| s as u8), mins));
+    for e in 0..256 {
+        put_four_bits(&mut block[16..], e, codes[e]);
+    }
+}
+
+/// Writes a `Q5_K` block: scales and minima below 64, codes below 32.
+pub(super) fn pack_q5_k(
+    d: [f32; 2],
+    scales: &[i32; 8],
+    mins: &[u8; 8],
+    codes: &[u8; 256],
+    block: &mut [u8; 176],
+) {
+    block.fill(0);
+    put_f16(block, 0, d[0]);
+    put_f16(block, 2, d[1]);
+    block[4..16].copy_from_slice(&pack_scale_min(&scales.map(|s| s as u8), mins));
+    for e in 0..256 {
+        put_one_bit(&mut block[16..48], e, codes[e] >> 4);
+        put_four_bits(&mut block[48..], e, codes[e] & 15);
+    }
+}
+
+/// Writes a `Q6_K` block: scales from -128 to 127, codes below 64.
+pub(super) fn pack_q6_k(d: f32, scales: &[i32; 16], codes: &[u8; 256], block: &mut [u8; 210]) {
+    block.fill(0);
+    for e in 0..256 {
+        block[e / 128 * 64 + e % 64] |= (codes[e] & 15) << (e % 128 / 64 * 4);
+        put_two_bits(&mut block[128..192], e, codes[e] >> 4);
+    }
+    for g in 0..16 {
+        block[192 + g] = scales[g] as i8 as u8;
+    }
+    put_f16(block, 208, d);
+}
+
+/// Writes an `IQ4_XS` block: scales from -32 to 31, codes below 16.
+pub(super) fn pack_iq4_xs(d: f32, scales: &[i32; 8], codes: &[u8; 256], block: &mut [u8; 136]) {
+    block.fill(0);
+    put_f16(block, 0, d);
+    let mut high = 0u16;
+    for g in 0..8 {
+        let scale = (scales[g] + 32) as u8;
+        block[4 + g / 2] |= (scale & 15) << (g % 2 * 4);
+        high |= u16::from(scale >> 4) << (2 * g);
+        for i in 0..32 {
+            block[8 + g * 16 + i % 16] |= codes[g * 32 + i] << (i / 16 * 4);
+        }
+    }
+    block[2..4].copy_from_slice(&high.to_le_bytes());
+}
+
+/// `Q2_K` with searched scales (`codec/fit.rs`).
+pub fn encode_q2_k(x: &[f32; 256], block: &mut [u8; 84]) {
+    let f = fit::affine::<16>(x, &fit::importance(x, 16), 3, 15);
+    pack_q2_k([f.d, f.dmin], &f.scales.map(i32::from), &f.mins, &f.codes, block);
 }
 
 /// `Q3_K` with searched scales.
 pub fn encode_q3_k(x: &[f32; 256], block: &mut [u8; 110]) {
-    let fit = fit::symmetric::<fit::Whole<4>, 16>(x, -32);
-    block.fill(0);
-    for e in 0..256 {
-        put_one_bit(&mut block[..32], e, fit.codes[e] >> 2);
-        put_two_bits(&mut block[32..96], e, fit.codes[e] & 3);
-    }
-    for j in 0..16 {
-        let scale = (fit.scales[j] + 32) as u8;
-        block[96 + j % 8] |= (scale & 15) << (j / 8 * 4);
-        block[104 + j % 4] |= scale >> 4 << (j / 4 * 2);
-    }
-    put_f16(block, 108, fit.d);
+    let f = fit::symmetric::<fit::Whole<4>, 16>(x, &fit::importance(x, 16), -32);
+    pack_q3_k(f.d, &f.scales, &f.codes, block);
 }
 
 /// `Q4_K` with searched scales.
 pub fn encode_q4_k(x: &[f32; 256], block: &mut [u8; 144]) {
-    let fit = fit::affine::<8>(x, 15, 63);
-    block.fill(0);
-    put_f16(block, 0, fit.d);
-    put_f16(block, 2, fit.dmin);
-    block[4..16].copy_from_slice(&pack_scale_min(&fit.scales, &fit.mins));
-    for e in 0..256 {
-        put_four_bits(&mut block[16..], e, fit.codes[e]);
-    }
+    let f = fit::affine::<8>(x, &fit::importance(x, 32), 15, 63);
+    pack_q4_k([f.d, f.dmin], &f.scales.map(i32::from), &f.mins, &f.codes, block);
 }
 
 /// `Q5_K` with searched scales.
 pub fn encode_q5_k(x: &[f32; 256], block: &mut [u8; 176]) {
-    let fit = fit::affine::<8>(x, 31, 63);
-    block.fill(0);
-    put_f16(block, 0, fit.d);
-    put_f16(block, 2, fit.dmin);
-    block[4..16].copy_from_slice(&pack_scale_min(&fit.scales, &fit.mins));
-    for e in 0..256 {
-        put_one_bit(&mut block[16..48], e, fit.codes[e] >> 4);
-        put_four_bits(&mut block[48..], e, fit.codes[e] & 15);
-    }
+    let f = fit::affine::<8>(x, &fit::importance(x, 32), 31, 63);
+    pack_q5_k([f.d, f.dmin], &f.scales.map(i32::from), &f.mins, &f.codes, block);
 }
 
 /// `Q6_K` with searched scales.
 pub fn encode_q6_k(x: &[f32; 256], block: &mut [u8; 210]) {
-    let fit = fit::symmetric::<fit::Whole<32>, 16>(x, -128);
-    block.fill(0);
-    for e in 0..256 {
-        block[e / 128 * 64 + e % 64] |= (fit.codes[e] & 15) << (e % 128 / 64 * 4);
-        put_two_bits(&mut block[128..192], e, fit.codes[e] >> 4);
-    }
-    for g in 0..16 {
-        block[192 + g] = fit.scales[g] as i8 as u8;
-    }
-    put_f16(block, 208, fit.d);
+    let f = fit::symmetric::<fit::Whole<32>, 16>(x, &fit::importance(x, 16), -128);
+    pack_q6_k(f.d, &f.scales, &f.codes, block);
+}
+
+/// `IQ4_XS` with searched scales.
+pub fn encode_iq4_xs(x: &[f32; 256], block: &mut [u8; 136]) {
+    let f = fit::symmetric::<fit::Table, 8>(x, &fit::importance(x, 32), -32);
+    pack_iq4_xs(f.d, &f.scales, &f.codes, block);
 }
 
 /// `Q8_K`: nearest, halves away from zero, with the sums of 16 codes each.
@@ -244,21 +309,4 @@ pub fn encode_q8_k(x: &[f32; 256], block: &mut [u8; 292]) {
         }
         block[260 + 2 * g..262 + 2 * g].copy_from_slice(&sum.to_le_bytes());
     }
-}
-
-/// `IQ4_XS` with searched scales.
-pub fn encode_iq4_xs(x: &[f32; 256], block: &mut [u8; 136]) {
-    let fit = fit::symmetric::<fit::Table, 8>(x, -32);
-    block.fill(0);
-    put_f16(block, 0, fit.d);
-    let mut high = 0u16;
-    for g in 0..8 {
-        let scale = (fit.scales[g] + 32) as u8;
-        block[4 + g / 2] |= (scale & 15) << (g % 2 * 4);
-        high |= u16::from(scale >> 4) << (2 * g);
-        for i in 0..32 {
-            block[8 + g * 16 + i % 16] |= fit.codes[g * 32 + i] << (i / 16 * 4);
-        }
-    }
-    block[2..4].copy_from_slice(&high.to_le_bytes());
 }

@@ -12,7 +12,7 @@ fn nibbles(qs: &[u8]) -> [u8; 32] {
 }
 
 /// `nibbles` backwards; codes below 16.
-fn put_nibbles(qs: &mut [u8], codes: &[u8; 32]) {
+pub(super) fn put_nibbles(qs: &mut [u8], codes: &[u8; 32]) {
     for i in 0..16 {
         qs[i] = codes[i] | codes[i + 16] << 4;
     }
@@ -116,7 +116,7 @@ fn affine(x: &[f32; 32], top: u8) -> (f32, f32, [u8; 32]) {
 }
 
 /// Writes fifth bits and codes.
-fn put_five_bits(high: &mut [u8], qs: &mut [u8], codes: &[u8; 32]) {
+pub(super) fn put_five_bits(high: &mut [u8], qs: &mut [u8], codes: &[u8; 32]) {
     let bits = codes.iter().enumerate().fold(0u32, |bits, (i, &c)| bits | u32::from(c >> 4) << i);
     high.copy_from_slice(&bits.to_le_bytes());
     put_nibbles(qs, &codes.map(|c| c & 15));
