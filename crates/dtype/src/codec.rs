@@ -4,7 +4,7 @@
 //! (held to it by golden files, `scripts/goldens/formats_codec.py`). [`encode`] rounds to the nearest code. This is
 //! the plain meaning, block by block and scalar; fast kernels are held to it elsewhere.
 //!
-//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`]; [`blocks`] takes them apart into scales and
+//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`], this project's own of 64 in [`mod@own`]; [`blocks`] takes them apart into scales and
 //! codes, for who chooses the codes himself. All multi-byte fields are little endian.
 
 use crate::{DType, bf16, f16};
@@ -13,6 +13,7 @@ use half::slice::HalfFloatSliceExt;
 pub mod blocks;
 mod fit;
 pub mod large;
+pub mod own;
 pub mod small;
 
 /// The 16 values that 4-bit codes of `IQ4_NL` and `IQ4_XS` stand for, times the scale.
@@ -97,6 +98,9 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), CodecEr
         Q6_K => blocks(bytes, out, large::decode_q6_k),
         Q8_K => blocks(bytes, out, large::decode_q8_k),
         IQ4_XS => blocks(bytes, out, large::decode_iq4_xs),
+        S2_64 => blocks(bytes, out, own::decode_s2_64),
+        S3_64 => blocks(bytes, out, own::decode_s3_64),
+        S4_64 => blocks(bytes, out, own::decode_s4_64),
         I8 | I16 | I32 | I64 | U8 => return Err(CodecError::NotFloat { dtype }),
     }
     Ok(())
@@ -105,7 +109,7 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), CodecEr
 /// Writes `x`, rounded to the nearest number that `dtype` holds, into `out`.
 ///
 /// `Q4_0` to `Q8_0` give the bytes of llama.cpp's reference: the scale comes from the block's largest magnitude (or
-/// its range), then each element takes the nearest code. `IQ4_NL`, `IQ4_XS` and `Q2_K` to `Q6_K` search scales for the
+/// its range), then each element takes the nearest code. `IQ4_NL`, `IQ4_XS`, `Q2_K` to `Q6_K` and the formats of [`mod@own`] search scales for the
 /// least squared error (`codec/fit.rs`), 60 to 200 ns an element. Infinities and NaN have no code in block
 /// formats: what comes out for their block is unspecified, so check for them before. Scales and minima are f16: magnitudes
 /// beyond 65,504 overflow them, those below about 1e-7 become 0.
@@ -134,6 +138,9 @@ pub fn encode(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<(), CodecError>
         Q6_K => blocks_mut(x, out, large::encode_q6_k),
         Q8_K => blocks_mut(x, out, large::encode_q8_k),
         IQ4_XS => blocks_mut(x, out, large::encode_iq4_xs),
+        S2_64 => blocks_mut(x, out, own::encode_s2_64),
+        S3_64 => blocks_mut(x, out, own::encode_s3_64),
+        S4_64 => blocks_mut(x, out, own::encode_s4_64),
         I8 | I16 | I32 | I64 | U8 => return Err(CodecError::NotFloat { dtype }),
     }
     Ok(())

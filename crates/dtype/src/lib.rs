@@ -53,15 +53,22 @@ pub enum DType {
     IQ4_NL,
     /// 256 weights: as `IQ4_NL`, with 6-bit scales for 8 groups.
     IQ4_XS,
+    /// 64 weights: f16 scale and minimum, 2-bit codes; `d * code + m`. This project's own, as are the next two: for rows
+    /// that are no multiple of 256, where GGUF has nothing below 4.5 bits.
+    S2_64,
+    /// 64 weights: f16 scale, 3-bit codes; `d * (code - 4)`.
+    S3_64,
+    /// 64 weights: f16 scale, 4-bit codes; `d * (code - 8)`.
+    S4_64,
 }
 
 impl DType {
     /// Every type, in the order of declaration.
-    pub const ALL: [DType; 23] = {
+    pub const ALL: [DType; 26] = {
         use DType::*;
         [
             F32, F16, BF16, F64, I8, I16, I32, I64, U8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1, Q2_K, Q3_K, Q4_K,
-            Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS,
+            Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS, S2_64, S3_64, S4_64,
         ]
     };
 
@@ -71,6 +78,7 @@ impl DType {
         match self {
             F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q8_1 | IQ4_NL => 32,
+            S2_64 | S3_64 | S4_64 => 64,
             Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | Q8_K | IQ4_XS => 256,
         }
     }
@@ -96,6 +104,9 @@ impl DType {
             Q6_K => 210,
             Q8_K => 292,
             IQ4_XS => 136,
+            S2_64 => 20,
+            S3_64 => 26,
+            S4_64 => 34,
         }
     }
 
@@ -110,6 +121,11 @@ impl DType {
     /// Whether this is a block format of rounded weights.
     pub const fn is_block(self) -> bool {
         self.block_len() > 1
+    }
+
+    /// Whether only this project reads it: files with such tensors are no use to llama.cpp.
+    pub const fn is_own(self) -> bool {
+        matches!(self, DType::S2_64 | DType::S3_64 | DType::S4_64)
     }
 
     /// Whether this is a plain floating-point number.
@@ -149,6 +165,9 @@ impl DType {
             Q8_K => "Q8_K",
             IQ4_NL => "IQ4_NL",
             IQ4_XS => "IQ4_XS",
+            S2_64 => "S2_64",
+            S3_64 => "S3_64",
+            S4_64 => "S4_64",
         }
     }
 

@@ -154,8 +154,9 @@ fn odd_blocks_encode() {
     for dtype in DType::ALL.into_iter().filter(|d| d.is_block()) {
         // Of the largest magnitude: the widest gap between values of the format, scales of 4 bits included.
         let bound = match dtype {
-            DType::Q2_K => 0.35,
-            DType::Q3_K => 0.15,
+            // The widest step of 64 numbers of one sign, and of those that the search lets go over the end.
+            DType::Q2_K | DType::S2_64 => 0.35,
+            DType::Q3_K | DType::S3_64 => 0.15,
             DType::IQ4_NL | DType::IQ4_XS => 0.13,
             _ => 0.07,
         };

@@ -6,7 +6,7 @@
 //! [`Scales::value`], bit for bit.
 
 use super::fit::{self, Minimum, Part};
-use super::{IQ4_VALUES, large, put_f16, small};
+use super::{IQ4_VALUES, large, own, put_f16, small};
 use crate::{DType, f16};
 
 /// What the codes of a format stand for, before the scale.
@@ -84,6 +84,9 @@ pub const fn format(dtype: DType) -> Option<Format> {
         Q5_K => whole(0, 31, 32, 256, true),
         Q6_K => whole(-32, 31, 16, 256, false),
         IQ4_XS => Some(Format { levels: Levels::Iq4, group: 32, block: 256, has_min: false }),
+        S2_64 => whole(0, 3, 64, 64, true),
+        S3_64 => whole(-4, 3, 64, 64, false),
+        S4_64 => whole(-8, 7, 64, 64, false),
         F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K => None,
     }
 }
@@ -131,6 +134,17 @@ impl Scales {
     }
 }
 
+/// How much the squared error of each element of a row counts where nothing is known of the inputs it meets: its
+/// magnitude plus the root mean square of its group. What [`super::encode`] uses for the formats whose scales it searches.
+pub fn importance(row: &[f32], group: usize) -> Vec<f32> {
+    let mut w = vec![0.0; row.len()];
+    for (x, w) in row.chunks(group).zip(w.chunks_mut(group)) {
+        let rms = (x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32).sqrt().max(f32::MIN_POSITIVE);
+        w.iter_mut().zip(x).for_each(|(w, v)| *w = v.abs() + rms);
+    }
+    w
+}
+
 /// Rounded to f16, as blocks store scales.
 pub fn stored(v: f32) -> f32 {
     f16::from_f32(v).to_f32()
@@ -150,12 +164,17 @@ pub fn fit(dtype: DType, x: &[f32], importance: &[f32]) -> Scales {
     let part = Part { x, w: importance };
     let large = || (block::<256>(x), block::<256>(importance));
     match dtype {
-        Q4_0 => Scales::single(fit::best_scale::<fit::Whole<8>>(part), 0.0, false),
+        Q4_0 | S4_64 => Scales::single(fit::best_scale::<fit::Whole<8>>(part), 0.0, false),
+        S3_64 => Scales::single(fit::best_scale::<fit::Whole<4>>(part), 0.0, false),
         Q5_0 => Scales::single(fit::best_scale::<fit::Whole<16>>(part), 0.0, false),
         IQ4_NL => Scales::single(fit::best_scale::<fit::Table>(part), 0.0, false),
         Q8_0 => Scales::single(x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0, 0.0, false),
-        Q4_1 | Q5_1 => {
-            let top = if dtype == Q4_1 { 15.0 } else { 31.0 };
+        Q4_1 | Q5_1 | S2_64 => {
+            let top = match dtype {
+                Q4_1 => 15.0,
+                Q5_1 => 31.0,
+                _ => 3.0,
+            };
             let (d, min) = fit::best_affine(part, top, Minimum::Free);
             Scales::single(d, min, true)
         }
@@ -217,6 +236,9 @@ pub fn pack(dtype: DType, s: &Scales, codes: &[u8], out: &mut [u8]) {
     fn large_codes(codes: &[u8]) -> &[u8; 256] {
         codes.try_into().expect("a block of 256 codes")
     }
+    fn own(codes: &[u8]) -> &[u8; 64] {
+        codes.try_into().expect("a block of 64 codes")
+    }
     let scales8: &[i32; 8] = s.scales.first_chunk().expect("16 are there");
     let mins8: &[u8; 8] = s.mins.first_chunk().expect("16 are there");
     assert_eq!(out.len(), dtype.block_bytes(), "{dtype}: the bytes of one block");
@@ -253,6 +275,9 @@ pub fn pack(dtype: DType, s: &Scales, codes: &[u8], out: &mut [u8]) {
         Q5_K => large::pack_q5_k([s.d, s.dmin], scales8, mins8, large_codes(codes), to(out)),
         Q6_K => large::pack_q6_k(s.d, &s.scales, large_codes(codes), to(out)),
         IQ4_XS => large::pack_iq4_xs(s.d, scales8, large_codes(codes), to(out)),
+        S2_64 => own::pack_s2_64(s.d, -s.dmin, own(codes), to(out)),
+        S3_64 => own::pack_s3_64(s.d, own(codes), to(out)),
+        S4_64 => own::pack_s4_64(s.d, own(codes), to(out)),
         F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K => {
             panic!("{dtype} is no block format of weights")
         }

@@ -3,7 +3,7 @@
 use sparsam_dtype::DType;
 
 /// The types that have a [`DType`].
-const SUPPORTED: [(u32, DType); 22] = [
+const SUPPORTED: [(u32, DType); 25] = [
     (0, DType::F32),
     (1, DType::F16),
     (2, DType::Q4_0),
@@ -26,6 +26,10 @@ const SUPPORTED: [(u32, DType); 22] = [
     (27, DType::I64),
     (28, DType::F64),
     (30, DType::BF16),
+    // This project's own, far from what GGUF may add.
+    (0x5302, DType::S2_64),
+    (0x5303, DType::S3_64),
+    (0x5304, DType::S4_64),
 ];
 
 /// The others, for messages.
@@ -76,7 +80,7 @@ mod tests {
         let mut numbers: Vec<u32> =
             SUPPORTED.iter().map(|t| t.0).chain(UNSUPPORTED.iter().map(|t| t.0)).collect();
         numbers.sort();
-        assert_eq!(numbers, (0..42).collect::<Vec<_>>());
+        assert_eq!(numbers, (0..42).chain(0x5302..=0x5304).collect::<Vec<_>>());
         for d in DType::ALL {
             assert_eq!(type_number(d).and_then(dtype), (d != DType::U8).then_some(d), "{d}");
         }

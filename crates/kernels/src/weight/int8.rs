@@ -50,12 +50,14 @@ impl Format {
     pub fn of(dtype: DType) -> Option<Format> {
         use DType::*;
         let (offset, max, min, parts) = match dtype {
-            Q4_0 => (8, 15, false, 1),
+            Q4_0 | S4_64 => (8, 15, false, 1),
             Q4_1 | Q4_K => (0, 15, true, 1),
             Q5_0 => (16, 31, false, 1),
             Q5_1 | Q5_K => (0, 31, true, 1),
             Q8_0 | IQ4_NL | IQ4_XS => (128, 255, false, 1),
             Q2_K => (0, 3, true, 2),
+            S2_64 => (0, 3, true, 1),
+            S3_64 => (4, 7, false, 1),
             Q3_K => (4, 7, false, 2),
             Q6_K => (32, 63, false, 2),
             _ => return None,

@@ -59,7 +59,7 @@ fn half(bytes: &[u8]) -> f32 {
 /// Scale and minimum (what is added) of part `i` of one row's block: 32 columns, or 16 where scales are for these.
 fn scales(dtype: DType, block: &[u8], i: usize) -> (f32, f32) {
     match dtype {
-        DType::Q4_1 | DType::Q5_1 => (half(block), half(&block[2..])),
+        DType::Q4_1 | DType::Q5_1 | DType::S2_64 => (half(block), half(&block[2..])),
         DType::Q4_K | DType::Q5_K => {
             let (scale, min) = six_bits(&block[4..16], i);
             (half(block) * scale as f32, -(half(&block[2..]) * min as f32))
@@ -111,6 +111,9 @@ fn code(dtype: DType, block: &[u8], k: usize) -> u8 {
             let two = block[32 + k / 128 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3;
             two | (block[k % 32] >> (k / 32) & 1) << 2
         }
+        DType::S2_64 => block[4 + k % 16] >> (k / 16 * 2) & 3,
+        DType::S3_64 => (block[2 + k % 16] >> (k / 16 * 2) & 3) | (block[18 + k / 8] >> (k % 8) & 1) << 2,
+        DType::S4_64 => block[2 + k / 32 * 16 + k % 16] >> (k % 32 / 16 * 4) & 15,
         DType::Q6_K => {
             let (n, part) = (k / 128, k / 32 % 4);
             let byte = block[n * 64 + part % 2 * 32 + k % 32];
