@@ -4,7 +4,7 @@ use crate::load::{Load, positive};
 use crate::text;
 use anyhow::Context;
 use serde_json::json;
-use sparsam_engine::{Protocol, Windows, perplexity};
+use sparsam_engine::{Engine, Protocol, Windows, compare, perplexity};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -15,6 +15,7 @@ use std::time::Instant;
   sparsam eval model.gguf --perplexity wiki.txt --chunks 16        as llama.cpp's llama-perplexity
   sparsam eval model.gguf --perplexity wiki.txt --stride 256       sliding windows, as Hugging Face's guide
   sparsam eval model.gguf --perplexity wiki.txt --exact --json
+  sparsam eval small.gguf --perplexity wiki.txt --against model.gguf
 
 Perplexities can be compared only if protocol, context and text are the same.")]
 pub struct Args {
@@ -33,6 +34,9 @@ pub struct Args {
     /// second half scored (llama.cpp's)
     #[arg(long, value_name = "N", value_parser = positive)]
     stride: Option<usize>,
+    /// Compare with this model, of which the first one is a smaller version: divergence of the predictions, agreement
+    #[arg(long, value_name = "MODEL")]
+    against: Option<String>,
     #[command(flatten)]
     load: Load,
     /// Print one JSON object
@@ -50,6 +54,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let windows = args.stride.map_or(Windows::SideBySide, Windows::Sliding);
     let protocol = Protocol { context: args.ctx, windows, chunks: args.chunks };
     eprintln!("{}", engine.describe());
+    if let Some(reference) = &args.against {
+        return against(&args, &engine, reference, &tokens, &protocol);
+    }
     let start = Instant::now();
     let bar = text::bar(0, "windows");
     let result = perplexity(&engine, &tokens, &protocol, &mut |done, all, so_far| {
@@ -83,4 +90,53 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     ))?;
     text::say(format_args!("protocol       {protocol}"))?;
     text::say(format_args!("time           {}", text::duration(start.elapsed())))
+}
+
+/// The model beside a reference.
+fn against(
+    args: &Args,
+    engine: &Engine,
+    reference: &str,
+    tokens: &[u32],
+    protocol: &Protocol,
+) -> anyhow::Result<()> {
+    let other = args.load.engine(reference, None)?;
+    let specials = sparsam_tokenizer::Specials::default();
+    let sample = "Models of one family read a text in the same way: 1, 2, naïve.";
+    if other.tokenizer()?.encode(sample, specials).ok() != engine.tokenizer()?.encode(sample, specials).ok() {
+        anyhow::bail!(
+            "{reference}: its tokenizer reads text in another way, so predictions cannot be compared"
+        );
+    }
+    let bar = text::bar(0, "windows");
+    let c = compare(engine, &other, tokens, protocol, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+        ControlFlow::Continue(())
+    })?;
+    bar.finish_and_clear();
+    if args.json {
+        return text::say_json(&json!({
+            "perplexity": c.perplexity.perplexity,
+            "standard_error": c.perplexity.error,
+            "reference_perplexity": c.reference.perplexity,
+            "divergence": c.divergence,
+            "divergence_error": c.divergence_error,
+            "divergence_p99": c.divergence_p99,
+            "top1_agreement": c.top1_agreement,
+            "tokens_scored": c.perplexity.tokens_scored,
+            "protocol": protocol.to_string(),
+        }));
+    }
+    text::say(format_args!(
+        "perplexity     {:.4}, reference {:.4}",
+        c.perplexity.perplexity, c.reference.perplexity
+    ))?;
+    text::say(format_args!(
+        "divergence     {:.5} ± {:.5} nats a token, 99% of tokens below {:.3}",
+        c.divergence, c.divergence_error, c.divergence_p99
+    ))?;
+    text::say(format_args!("same top token {:.2}%", 100.0 * c.top1_agreement))?;
+    text::say(format_args!("tokens scored  {}", c.perplexity.tokens_scored))?;
+    text::say(format_args!("protocol       {protocol}"))
 }

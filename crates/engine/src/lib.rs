@@ -24,6 +24,7 @@
 mod attention_bench;
 mod batch;
 mod bench;
+mod compare;
 mod engine;
 mod error;
 mod generate;
@@ -37,6 +38,7 @@ mod stop;
 pub use attention_bench::{AttentionForm, AttentionShape, bench_attention};
 pub use batch::{Batcher, JobId, Logprob, Output};
 pub use bench::{Roofs, Timing, Work, bench, profile, roofs};
+pub use compare::{Comparison, compare};
 pub use engine::{DEFAULT_CONTEXT, Engine, Options};
 pub use error::Error;
 pub use generate::{Finish, Generated, Request, generate};

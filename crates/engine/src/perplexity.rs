@@ -1,6 +1,6 @@
 //! How well a model foresees a text.
 
-use crate::runner::{Feed, Want};
+use crate::runner::{Feed, Runner, Sequence, Want};
 use crate::{Engine, Error};
 use std::ops::ControlFlow;
 
@@ -57,7 +57,7 @@ pub struct Perplexity {
 
 /// One window: tokens `start .. end` of the text, of which targets from `first` on are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Window {
+pub(crate) struct Window {
     start: usize,
     end: usize,
     first: usize,
@@ -103,25 +103,32 @@ impl Protocol {
 
 /// Mean and variance as numbers come in (Welford 1962).
 #[derive(Default)]
-struct Moments {
+pub(crate) struct Moments {
     n: usize,
     mean: f64,
     squares: f64,
 }
 
 impl Moments {
-    fn add(&mut self, x: f64) {
+    pub fn add(&mut self, x: f64) {
         self.n += 1;
         let d = x - self.mean;
         self.mean += d / self.n as f64;
         self.squares += d * (x - self.mean);
     }
 
-    fn perplexity(&self, chunks: usize) -> Perplexity {
-        let variance = self.squares / (self.n.max(2) - 1) as f64;
+    pub fn mean(&self) -> f64 {
+        self.mean
+    }
+
+    /// One standard error of the mean.
+    pub fn error(&self) -> f64 {
+        (self.squares / (self.n.max(2) - 1) as f64 / self.n.max(1) as f64).sqrt()
+    }
+
+    pub fn perplexity(&self, chunks: usize) -> Perplexity {
         let perplexity = self.mean.exp();
-        let error = perplexity * (variance / self.n.max(1) as f64).sqrt();
-        Perplexity { perplexity, error, tokens_scored: self.n, chunks }
+        Perplexity { perplexity, error: perplexity * self.error(), tokens_scored: self.n, chunks }
     }
 }
 
@@ -147,28 +154,63 @@ pub fn perplexity(
     protocol: &Protocol,
     on_chunk: &mut dyn FnMut(usize, usize, &Perplexity) -> ControlFlow<()>,
 ) -> Result<Perplexity, Error> {
-    let windows = protocol.windows(tokens.len())?;
-    let made_for = engine.model().facts().context_length;
-    if protocol.context > made_for {
-        let c = protocol.context;
-        let what = format!(
-            "windows of {c} tokens are beyond the model's context of {made_for}; choose a smaller --ctx"
-        );
-        return Err(Error::Context { what });
-    }
-    let bos = match (protocol.windows, &engine.opened().tokenizer) {
-        (Windows::SideBySide, Some(tokenizer)) => wants_bos(tokenizer).then(|| tokenizer.bos()).flatten(),
-        _ => None,
-    };
-    let mut runner = engine.runner_with(1, protocol.context)?;
-    let mut sequence = runner.sequence();
-    let vocab = runner.vocab_size();
+    let mut scorer = Scorer::new(engine, tokens, protocol)?;
     let mut moments = Moments::default();
     let mut result = moments.perplexity(0);
-    for (i, w) in windows.iter().enumerate() {
-        runner.truncate(&mut sequence, 0);
-        let mut text = tokens[w.start..w.end].to_vec();
-        if let Some(bos) = bos {
+    let n = scorer.windows.len();
+    for i in 0..n {
+        scorer.window(i, &mut |row, target| {
+            let nll = negative_log_likelihood(row, target);
+            moments.add(nll);
+            nll.is_finite()
+        })?;
+        result = moments.perplexity(i + 1);
+        if on_chunk(i + 1, n, &result).is_break() {
+            break;
+        }
+    }
+    Ok(result)
+}
+
+/// A text, cut into windows, before a model.
+pub(crate) struct Scorer<'a> {
+    tokens: &'a [u32],
+    pub windows: Vec<Window>,
+    bos: Option<u32>,
+    runner: Runner,
+    sequence: Sequence,
+}
+
+impl<'a> Scorer<'a> {
+    /// # Errors
+    /// As [`perplexity`].
+    pub fn new(engine: &'a Engine, tokens: &'a [u32], protocol: &Protocol) -> Result<Scorer<'a>, Error> {
+        let windows = protocol.windows(tokens.len())?;
+        let made_for = engine.model().facts().context_length;
+        if protocol.context > made_for {
+            let c = protocol.context;
+            let what = format!(
+                "windows of {c} tokens are beyond the model's context of {made_for}; choose a smaller --ctx"
+            );
+            return Err(Error::Context { what });
+        }
+        let bos = match (protocol.windows, &engine.opened().tokenizer) {
+            (Windows::SideBySide, Some(tokenizer)) => wants_bos(tokenizer).then(|| tokenizer.bos()).flatten(),
+            _ => None,
+        };
+        let runner = engine.runner_with(1, protocol.context)?;
+        let sequence = runner.sequence();
+        Ok(Scorer { tokens, windows, bos, runner, sequence })
+    }
+
+    /// Calls `each` with the logits before every scored token of window `i`, and the token; it says whether they are
+    /// finite.
+    pub fn window(&mut self, i: usize, each: &mut dyn FnMut(&[f32], u32) -> bool) -> Result<(), Error> {
+        let w = self.windows[i];
+        let vocab = self.runner.vocab_size();
+        self.runner.truncate(&mut self.sequence, 0);
+        let mut text = self.tokens[w.start..w.end].to_vec();
+        if let Some(bos) = self.bos {
             text[0] = bos;
         }
         // Before the first target nobody asks for logits; after that a few rows at a time, since a row of logits is
@@ -178,22 +220,17 @@ pub fn perplexity(
         while at < text.len() - 1 {
             let end = if at < lead { lead.min(at + 512) } else { (at + LOGIT_ROWS).min(text.len() - 1) };
             let want = if at < lead { Want::Nothing } else { Want::From(0) };
-            let logits = runner.run(&mut [Feed { sequence: &mut sequence, tokens: &text[at..end], want }])?;
+            let feed = Feed { sequence: &mut self.sequence, tokens: &text[at..end], want };
+            let logits = self.runner.run(&mut [feed])?;
             for (row, target) in logits.chunks(vocab).zip(&text[at + 1..]) {
-                let nll = negative_log_likelihood(row, *target);
-                if !nll.is_finite() {
+                if !each(row, *target) {
                     return Err(Error::NotFinite { tokens: w.start + at });
                 }
-                moments.add(nll);
             }
             at = end;
         }
-        result = moments.perplexity(i + 1);
-        if on_chunk(i + 1, windows.len(), &result).is_break() {
-            break;
-        }
+        Ok(())
     }
-    Ok(result)
 }
 
 /// Whether the tokenizer puts BOS in front of a text.
