@@ -15,6 +15,7 @@ mod atomic;
 mod body;
 mod error;
 pub mod gguf;
+pub mod gptq;
 #[allow(unsafe_code)]
 mod mmap;
 pub mod safetensors;

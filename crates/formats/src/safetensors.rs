@@ -14,10 +14,10 @@ use std::path::Path;
 
 pub use write::Writer;
 
-use crate::Error;
 use crate::error::Place;
 use crate::mmap::Map;
 use crate::tensors::{TensorInfo, TensorRef, Tensors};
+use crate::{Error, gptq};
 
 /// The word before each message.
 const FORMAT: &str = "safetensors";
@@ -141,5 +141,35 @@ impl File {
 
     pub(crate) fn set(&self) -> &Tensors {
         &self.tensors
+    }
+
+    /// Unpacks every layer in GPTQ's layout (`NAME.qweight` and its companions) into `NAME.weight`, (out, in).
+    pub(crate) fn unpack_gptq(&mut self, path: &Path, settings: &gptq::Settings) -> Result<(), Error> {
+        let place = Place { format: FORMAT, path };
+        let layers: Vec<String> = self
+            .tensors()
+            .iter()
+            .filter_map(|t| t.name.strip_suffix(".qweight").map(str::to_string))
+            .collect();
+        for layer in layers {
+            let parts = ["qweight", "qzeros", "scales", "g_idx"].map(|p| format!("{layer}.{p}"));
+            let problem = |p: String| {
+                place.malformed(
+                    format!("tensor {}", parts[0]),
+                    format!("{p}; the file is damaged or of another layout"),
+                )
+            };
+            let get = |i: usize| self.require(&parts[i]).map(|t| t.bytes);
+            let qweight = self.require(&parts[0])?;
+            let rows = qweight.info.shape.first().copied().unwrap_or(0);
+            let n_in = rows.saturating_mul(32) / settings.bits as usize;
+            let g_idx = self.tensor(&parts[3]).map(|t| t.bytes);
+            let unpacked =
+                gptq::unpack(settings, n_in, qweight.bytes, get(1)?, get(2)?, g_idx).map_err(problem)?;
+            let (dtype, bytes) = unpacked.stored(settings);
+            let shape = vec![unpacked.codes.len() / n_in, n_in];
+            self.tensors.replace(&parts, format!("{layer}.weight"), shape, dtype, bytes);
+        }
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::error::Place;
 use crate::tensors::{TensorInfo, TensorRef, Tensors};
-use crate::{Error, gguf, safetensors};
+use crate::{Error, gguf, gptq, safetensors};
 
 /// The two formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,8 +72,11 @@ impl Source {
     }
 
     fn open_safetensors(path: &Path, folder: &Path) -> Result<Source, Error> {
-        let file = safetensors::File::open(path)?;
+        let mut file = safetensors::File::open(path)?;
         let config = read_config(&folder.join("config.json"))?;
+        if let Some((at, settings)) = gptq_settings(folder, config.as_ref())? {
+            file.unpack_gptq(&at, &settings)?;
+        }
         let inner = Inner::Safetensors { file, folder: folder.to_path_buf(), config };
         Ok(Source { path: path.to_path_buf(), inner })
     }
@@ -216,6 +219,47 @@ fn single_model(folder: &Path) -> Result<PathBuf, Error> {
             Err(place.malformed("the folder", problem))
         }
     }
+}
+
+/// What `quantize_config.json`, or `quantization_config` in `config.json`, says of layers in GPTQ's layout, and the file
+/// that says it; `None` if neither speaks of GPTQ.
+fn gptq_settings(folder: &Path, config: Option<&Value>) -> Result<Option<(PathBuf, gptq::Settings)>, Error> {
+    let own = folder.join("quantize_config.json");
+    let (at, said) = match read_config(&own)? {
+        Some(value) => (own, value),
+        None => match config.and_then(|c| c.get("quantization_config")) {
+            Some(value) => (folder.join("config.json"), value.clone()),
+            None => return Ok(None),
+        },
+    };
+    let word = |key: &str| said.get(key).and_then(Value::as_str);
+    if word("quant_method").is_some_and(|m| m != "gptq") {
+        return Ok(None);
+    }
+    let place = Place { format: "config", path: &at };
+    let refuse = |key: &str, problem: String| place.malformed(key, problem);
+    let bits = said.get("bits").and_then(Value::as_u64).unwrap_or(0);
+    if ![2, 3, 4, 8].contains(&bits) {
+        return Err(refuse("bits", format!("it is {bits}, but GPTQ's layout has 2, 3, 4 or 8")));
+    }
+    let group = match said.get("group_size").and_then(Value::as_i64) {
+        Some(-1) => None,
+        Some(g) if g > 0 => Some(g as usize),
+        other => {
+            return Err(refuse("group_size", format!("it is {other:?}; -1 or a number from 1 is expected")));
+        }
+    };
+    let whole_zeros = match word("checkpoint_format").unwrap_or("gptq") {
+        "gptq" => false,
+        "gptq_v2" => true,
+        other => {
+            return Err(refuse(
+                "checkpoint_format",
+                format!("it is {other}, where gptq or gptq_v2 is expected"),
+            ));
+        }
+    };
+    Ok(Some((at, gptq::Settings { bits: bits as u32, group, whole_zeros })))
 }
 
 /// `config.json`, if it is there.

@@ -64,11 +64,27 @@ impl From<&TensorInfo> for TensorSpec {
     }
 }
 
+/// Where tensors' bytes are.
+enum Bytes {
+    Mapped(Map),
+    /// Of one tensor that was unpacked from others.
+    Owned(Vec<u8>),
+}
+
+impl Bytes {
+    fn get(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map.bytes(),
+            Bytes::Owned(bytes) => bytes,
+        }
+    }
+}
+
 /// All tensors of a model, and the maps that hold them.
 pub(crate) struct Tensors {
     format: &'static str,
     path: PathBuf,
-    maps: Vec<Map>,
+    maps: Vec<Bytes>,
     infos: Vec<TensorInfo>,
     /// Tensors of a type that this project cannot hold: name and type.
     unsupported: Vec<(String, String)>,
@@ -97,7 +113,7 @@ impl Tensors {
     ) -> Result<(), Error> {
         let place = Place { format: self.format, path };
         let shard = self.maps.len();
-        self.maps.push(map);
+        self.maps.push(Bytes::Mapped(map));
         for mut info in infos {
             if self.index.insert(info.name.clone(), self.infos.len()).is_some() {
                 let what = format!("tensor {}", info.name);
@@ -113,6 +129,24 @@ impl Tensors {
         Ok(())
     }
 
+    /// Puts a tensor with these bytes in the place of those named `parts`, of which the first must be there.
+    pub fn replace(
+        &mut self,
+        parts: &[String],
+        name: String,
+        shape: Vec<usize>,
+        dtype: DType,
+        bytes: Vec<u8>,
+    ) {
+        let at = self.index[&parts[0]];
+        let info = TensorInfo { name, shape, dtype, shard: self.maps.len(), range: 0..bytes.len() };
+        self.maps.push(Bytes::Owned(bytes));
+        self.infos[at] = info;
+        let kept = self.infos[at].name.clone();
+        self.infos.retain(|t| t.name == kept || !parts.contains(&t.name));
+        self.index = self.infos.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+    }
+
     pub fn infos(&self) -> &[TensorInfo] {
         &self.infos
     }
@@ -123,7 +157,7 @@ impl Tensors {
 
     pub fn get(&self, name: &str) -> Option<TensorRef<'_>> {
         let info = &self.infos[*self.index.get(name)?];
-        Some(TensorRef { info, bytes: &self.maps[info.shard].bytes()[info.range.clone()] })
+        Some(TensorRef { info, bytes: &self.maps[info.shard].get()[info.range.clone()] })
     }
 
     pub fn require(&self, name: &str) -> Result<TensorRef<'_>, Error> {
@@ -147,7 +181,9 @@ impl Tensors {
     pub fn release(&self, name: &str) {
         if let Some(&i) = self.index.get(name) {
             let info = &self.infos[i];
-            self.maps[info.shard].release(info.range.clone());
+            if let Bytes::Mapped(map) = &self.maps[info.shard] {
+                map.release(info.range.clone());
+            }
         }
     }
 }
