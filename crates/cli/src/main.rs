@@ -11,6 +11,7 @@ mod eval;
 mod info;
 mod load;
 mod model;
+mod quantize;
 mod run;
 mod serve;
 mod text;
@@ -32,6 +33,7 @@ enum Command {
     Run(run::Args),
     Info(info::Args),
     Eval(eval::Args),
+    Quantize(quantize::Args),
     Bench(bench::Args),
     Serve(serve::Args),
     Train(Box<train::Args>),
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Info(args) => info::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Train(args) => train::run(*args),

@@ -18,7 +18,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("engine", &["models", "tokenizer", "runtime"]),
     ("server", &["engine"]),
     ("train", &["engine", "plan"]),
-    ("cli", &["server", "train"]),
+    ("quantize", &["train"]),
+    ("cli", &["server", "quantize"]),
 ];
 
 fn allowed(of: &str, into: &mut BTreeSet<&'static str>) {

@@ -1,0 +1,216 @@
+//! Which tensor becomes what: the types that llama.cpp's names stand for.
+//!
+//! `Q4_K_M` and the like are mixtures: a rule chooses a type for each tensor, by its place in the model. The rules here are
+//! llama.cpp's (`llama_tensor_get_type` of llama-quant.cpp), so that the same name gives the same types and bytes.
+
+use crate::{Error, Grid};
+use sparsam_dtype::DType;
+use sparsam_formats::{Kind, Source};
+use sparsam_models::{Model, WeightSpec};
+
+/// What happens to one tensor.
+#[derive(Clone, Debug)]
+pub struct TensorPlan {
+    /// Where it comes from, and its shape.
+    pub spec: WeightSpec,
+    /// Its name in GGUF.
+    pub gguf_name: String,
+    /// As it is stored now.
+    pub from: DType,
+    /// As it will be stored.
+    pub to: DType,
+    /// The type that the rule chose, where its blocks do not divide the rows.
+    pub wanted: Option<DType>,
+}
+
+impl TensorPlan {
+    /// The grid to round to; `None` if the tensor keeps its numbers.
+    pub fn grid(&self) -> Option<Grid> {
+        (self.to != self.from && self.to.is_block()).then_some(Grid::Block(self.to))
+    }
+
+    /// Number of weights.
+    pub fn numel(&self) -> usize {
+        self.spec.shape.iter().product()
+    }
+
+    /// Bytes in the file to be written.
+    pub fn bytes(&self) -> usize {
+        self.to.bytes_for(self.numel()).unwrap_or(0)
+    }
+}
+
+/// The names that `--type` takes, with llama.cpp's number for `general.file_type`.
+pub const TYPES: [(&str, u32); 21] = [
+    ("Q4_0", 2),
+    ("Q4_1", 3),
+    ("Q8_0", 7),
+    ("Q5_0", 8),
+    ("Q5_1", 9),
+    ("Q2_K", 10),
+    ("Q3_K_S", 11),
+    ("Q3_K_M", 12),
+    ("Q3_K_L", 13),
+    ("Q4_K_S", 14),
+    ("Q4_K_M", 15),
+    ("Q5_K_S", 16),
+    ("Q5_K_M", 17),
+    ("Q6_K", 18),
+    ("IQ4_NL", 25),
+    ("IQ4_XS", 30),
+    ("Q3_K", 12),
+    ("Q4_K", 15),
+    ("Q5_K", 17),
+    ("F16", 1),
+    ("BF16", 32),
+];
+
+/// The number of `name` in `general.file_type`, and its spelling; `None` if there is no such type.
+pub fn file_type(name: &str) -> Option<(&'static str, u32)> {
+    TYPES.into_iter().find(|(n, _)| n.eq_ignore_ascii_case(name))
+}
+
+/// What the type `name` makes of each tensor of the model.
+///
+/// # Errors
+/// If there is no such type, or the model's weights do not fit its configuration.
+pub fn plan(model: &Model, source: &Source, name: &str) -> Result<Vec<TensorPlan>, Error> {
+    let (name, _) = file_type(name)
+        .ok_or_else(|| Error::Type { name: name.to_string(), known: TYPES.map(|(n, _)| n).join(", ") })?;
+    let facts = model.facts();
+    let place = Place {
+        n_layers: facts.n_layers(),
+        n_gqa: facts.heads.n_heads / facts.heads.n_kv_heads.max(1),
+        tied: facts.tied_head,
+    };
+    plan_with(model, source, |tensor| place.choose(name, tensor))
+}
+
+/// The type of each tensor by a rule on the GGUF names of matrices; everything else is F32.
+///
+/// # Errors
+/// If the model's weights do not fit its configuration.
+pub fn plan_with(
+    model: &Model,
+    source: &Source,
+    choose: impl Fn(&str) -> DType,
+) -> Result<Vec<TensorPlan>, Error> {
+    let mut plans = Vec::new();
+    for spec in model.weights(source)? {
+        let (gguf_name, _) = model
+            .stored_as(Kind::Gguf, &spec.name)
+            .unwrap_or_else(|| unreachable!("{} is a parameter of the model", spec.name));
+        let from = source.require(&spec.source_name)?.info.dtype;
+        let matrix = is_rounded(&spec);
+        let wanted = if matrix { choose(&gguf_name) } else { DType::F32 };
+        let to = match matrix {
+            true => fitting(wanted, spec.shape[1]),
+            // Norms and biases are few and matter: as exact as they are.
+            false => DType::F32,
+        };
+        plans.push(TensorPlan { spec, gguf_name, from, to, wanted: (to != wanted).then_some(wanted) });
+    }
+    Ok(plans)
+}
+
+/// Whether a tensor is a matrix that may be rounded: not norms and biases, and not the few rows of a table of positions, which
+/// llama.cpp adds in F32.
+pub(crate) fn is_rounded(spec: &WeightSpec) -> bool {
+    spec.shape.len() == 2 && !spec.name.ends_with("wpe.weight")
+}
+
+/// The type itself where its blocks divide rows of `cols`; otherwise llama.cpp's substitute, the nearest one from above.
+fn fitting(wanted: DType, cols: usize) -> DType {
+    let mut dtype = wanted;
+    if !cols.is_multiple_of(dtype.block_len()) {
+        dtype = match dtype {
+            DType::Q2_K | DType::Q3_K => DType::Q4_0,
+            DType::IQ4_XS => DType::IQ4_NL,
+            DType::Q4_K => DType::Q5_0,
+            DType::Q5_K => DType::Q5_1,
+            DType::Q6_K => DType::Q8_0,
+            other => other,
+        };
+    }
+    if cols.is_multiple_of(dtype.block_len()) { dtype } else { DType::F16 }
+}
+
+struct Place {
+    n_layers: usize,
+    n_gqa: usize,
+    tied: bool,
+}
+
+impl Place {
+    fn choose(&self, name: &str, tensor: &str) -> DType {
+        use DType::*;
+        let base = match name {
+            "Q3_K_S" | "Q3_K_M" | "Q3_K_L" | "Q3_K" => Q3_K,
+            "Q4_K_S" | "Q4_K_M" | "Q4_K" => Q4_K,
+            "Q5_K_S" | "Q5_K_M" | "Q5_K" => Q5_K,
+            other => DType::from_name(other).unwrap_or_else(|| unreachable!("{other} is in the table")),
+        };
+        if !base.is_block() {
+            return base;
+        }
+        let is_head = tensor == "output.weight" || (self.tied && tensor == "token_embd.weight");
+        if is_head {
+            return if base == Q8_0 { Q8_0 } else { Q6_K };
+        }
+        let layer = tensor.strip_prefix("blk.").and_then(|t| t.split('.').next()?.parse::<usize>().ok());
+        let Some(i) = layer else { return base };
+        let n = self.n_layers;
+        let more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
+        let is = |part: &str| tensor.ends_with(&format!("{part}.weight"));
+        let name = match name {
+            "Q3_K" => "Q3_K_M",
+            "Q4_K" => "Q4_K_M",
+            "Q5_K" => "Q5_K_M",
+            other => other,
+        };
+        if is("attn_v") {
+            return match name {
+                "Q2_K" => {
+                    if self.n_gqa >= 4 {
+                        Q4_K
+                    } else {
+                        Q3_K
+                    }
+                }
+                "Q3_K_M" => {
+                    if i < 2 {
+                        Q5_K
+                    } else {
+                        Q4_K
+                    }
+                }
+                "Q3_K_L" => Q5_K,
+                "IQ4_NL" | "IQ4_XS" if self.n_gqa >= 4 => Q5_K,
+                "Q4_K_M" | "Q5_K_M" if more => Q6_K,
+                "Q4_K_S" if i < 4 => Q5_K,
+                _ => base,
+            };
+        }
+        if is("ffn_down") {
+            return match name {
+                "Q2_K" => Q3_K,
+                "Q3_K_M" if i < n / 16 => Q5_K,
+                "Q3_K_M" if more => Q4_K,
+                "Q3_K_L" => Q5_K,
+                "Q4_K_M" | "Q5_K_M" if more => Q6_K,
+                "Q4_K_S" if i < n / 8 => Q5_K,
+                "IQ4_NL" | "IQ4_XS" if i < n / 8 => Q5_K,
+                _ => base,
+            };
+        }
+        if is("attn_output") {
+            return match name {
+                "Q2_K" => Q3_K,
+                "Q3_K_M" => Q4_K,
+                "Q3_K_L" => Q5_K,
+                _ => base,
+            };
+        }
+        base
+    }
+}

@@ -1,0 +1,206 @@
+//! What a run did, as JSON and as a page that needs nothing else.
+
+use crate::stream::Layer;
+use serde::{Deserialize, Serialize};
+
+/// What one run did and what it cost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The file that was written.
+    pub output: String,
+    /// The file that it was made from.
+    pub parent: String,
+    /// Size of the file.
+    pub bytes: usize,
+    /// Size of the parent.
+    pub parent_bytes: usize,
+    /// Of the tensors.
+    pub bits_per_weight: f64,
+    /// How codes were chosen, with all settings.
+    pub method: String,
+    /// The calibration text and how much of it; `None` for nearest rounding.
+    pub calibration: Option<String>,
+    /// Time of the run, without the scoring.
+    pub seconds: f64,
+    /// Predictions of both models on a text, if one was given.
+    pub score: Option<Score>,
+    /// Each tensor.
+    pub layers: Vec<Layer>,
+}
+
+/// Both models on the same tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// The text.
+    pub text: String,
+    /// Which tokens were scored, and with what before them.
+    pub protocol: String,
+    /// How many.
+    pub tokens_scored: usize,
+    /// Of the parent.
+    pub perplexity_before: f64,
+    /// Of the result.
+    pub perplexity: f64,
+    /// Mean divergence from the parent's predictions, in nats a token.
+    pub divergence: f64,
+    /// Its 99th percentile.
+    pub divergence_p99: f64,
+    /// Share of tokens for which both hold the same token most likely.
+    pub top1_agreement: f64,
+}
+
+impl Report {
+    /// Mean over calibrated layers of the output's error over its size: of the result, and of nearest rounding on the same
+    /// scales. `None` if none was calibrated.
+    pub fn mean_errors(&self) -> Option<(f64, f64)> {
+        let errors: Vec<_> = self.layers.iter().filter_map(|l| l.error).collect();
+        let n = errors.len() as f64;
+        let share = |error: f64, output: f64| if output > 0.0 { error / output } else { 0.0 };
+        let ours: f64 = errors.iter().map(|e| share(e.rounded, e.output)).sum();
+        let nearest: f64 = errors.iter().map(|e| share(e.nearest, e.output)).sum();
+        (!errors.is_empty()).then_some((ours / n, nearest / n))
+    }
+
+    /// A page with tables and a plot of the error of each layer; it loads nothing.
+    pub fn html(&self) -> String {
+        let mut rows = vec![
+            ("file", format!("{}, {:.1} MB", self.output, self.bytes as f64 / 1e6)),
+            ("made from", format!("{}, {:.1} MB", self.parent, self.parent_bytes as f64 / 1e6)),
+            ("bits a weight", format!("{:.2}", self.bits_per_weight)),
+            ("method", self.method.clone()),
+            ("calibration", self.calibration.clone().unwrap_or_else(|| "none".into())),
+            ("time", format!("{:.0} s", self.seconds)),
+        ];
+        if let Some(s) = &self.score {
+            rows.push(("perplexity", format!("{:.3}, before {:.3}", s.perplexity, s.perplexity_before)));
+            rows.push((
+                "divergence",
+                format!("{:.5} nats a token, 99% below {:.3}", s.divergence, s.divergence_p99),
+            ));
+            rows.push(("same top token", format!("{:.2}%", 100.0 * s.top1_agreement)));
+            rows.push(("scored on", format!("{}: {} tokens, {}", s.text, s.tokens_scored, s.protocol)));
+        }
+        let facts: String =
+            rows.iter().map(|(k, v)| format!("<tr><th>{}<td>{}", escape(k), escape(v))).collect();
+        let layers: String = self.layers.iter().map(layer_row).collect();
+        format!(
+            "<!doctype html><meta charset=utf-8><title>{title}</title><style>\
+             body{{font:15px system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}}\
+             table{{border-collapse:collapse}}th{{text-align:left;font-weight:600}}\
+             td,th{{padding:2px 12px 2px 0}}td.n{{text-align:right;font-variant-numeric:tabular-nums}}\
+             svg{{width:100%;height:auto}}</style>\n<h1>{title}</h1>\n<table>{facts}</table>\n\
+             <h2>Error of each layer's output, share of its size</h2>\n{plot}\n\
+             <h2>Tensors</h2>\n<table><tr><th>tensor<th>from<th>to<th>error<th>nearest{layers}</table>\n",
+            title = escape(&format!("Rounding {}", self.output)),
+            plot = self.plot(),
+        )
+    }
+
+    /// Dots by layer on a logarithmic axis: filled for the result, hollow for nearest rounding.
+    fn plot(&self) -> String {
+        let errors: Vec<_> = self.layers.iter().filter_map(|l| Some((l, l.error?))).collect();
+        let shares = errors.iter().flat_map(|(_, e)| [e.rounded / e.output, e.nearest / e.output]);
+        let (lo, hi) = shares
+            .filter(|v| v.is_finite() && *v > 0.0)
+            .fold((f64::INFINITY, 0.0f64), |(lo, hi), v| (lo.min(v), hi.max(v)));
+        if hi <= 0.0 {
+            return "<p>No layer was calibrated.</p>".into();
+        }
+        let (lo, hi) = (lo.log10().floor(), hi.log10().ceil());
+        let y = |v: f64| 300.0 - 280.0 * ((v.max(1e-30).log10() - lo) / (hi - lo).max(1.0)).clamp(0.0, 1.0);
+        let x = |i: usize| 60.0 + 920.0 * (i as f64 + 0.5) / errors.len() as f64;
+        let mut out = String::from("<svg viewBox='0 0 1000 320' role=img aria-label='error by layer'>");
+        for power in lo as i32..=hi as i32 {
+            let at = y(10f64.powi(power));
+            out += &format!(
+                "<path d='M60 {at:.1}H980' stroke='#ccc'/><text x=4 y={:.1} font-size=12>1e{power}</text>",
+                at + 4.0
+            );
+        }
+        for (i, (layer, e)) in errors.iter().enumerate() {
+            let name = escape(&layer.name);
+            out += &format!(
+                "<circle cx={x:.1} cy={near:.1} r=3 fill=none stroke='#888'/>\
+                 <circle cx={x:.1} cy={ours:.1} r=3 fill='#06c'><title>{name}</title></circle>",
+                x = x(i),
+                near = y(e.nearest / e.output),
+                ours = y(e.rounded / e.output),
+            );
+        }
+        out + "</svg><p>Filled: this file. Hollow: nearest rounding on the same scales.</p>"
+    }
+}
+
+fn layer_row(l: &Layer) -> String {
+    let [error, nearest] = match l.error {
+        Some(e) => {
+            [e.rounded, e.nearest].map(|v| format!("{:.4}%", 100.0 * v / e.output.max(f64::MIN_POSITIVE)))
+        }
+        None => ["".to_string(), "".to_string()],
+    };
+    let dead =
+        if l.dead_inputs > 0 { format!(" ({} inputs never used)", l.dead_inputs) } else { String::new() };
+    format!(
+        "<tr><td>{}{dead}<td>{}<td>{}<td class=n>{error}<td class=n>{nearest}",
+        escape(&l.name),
+        escape(&l.from),
+        escape(&l.to)
+    )
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('\'', "&#39;")
+        .replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gptq::LayerError;
+
+    fn report(name: &str) -> Report {
+        let error = LayerError { nearest: 2.0, rounded: 1.0, output: 100.0, rows_nearest: 0 };
+        let layer = |name: &str, error| Layer {
+            name: name.into(),
+            from: "F32".into(),
+            to: "Q4_0".into(),
+            shape: vec![2, 32],
+            error,
+            dead_inputs: 0,
+            raised_damping: None,
+        };
+        Report {
+            output: name.into(),
+            parent: "m.gguf".into(),
+            bytes: 1_500_000,
+            parent_bytes: 9_000_000,
+            bits_per_weight: 4.5,
+            method: "gptq".into(),
+            calibration: None,
+            seconds: 3.0,
+            score: None,
+            layers: vec![layer("a", Some(error)), layer("b", None)],
+        }
+    }
+
+    #[test]
+    fn the_page_shows_what_was_measured_and_lets_no_name_become_code() {
+        let r = report("<script>x</script>.gguf");
+        assert_eq!(r.mean_errors(), Some((0.01, 0.02)));
+        let page = r.html();
+        assert!(!page.contains("<script>") && page.contains("&lt;script&gt;"), "{page}");
+        assert!(page.contains("1.0000%") && page.contains("2.0000%") && page.contains("1.5 MB"));
+        assert_eq!(page.matches("<circle").count(), 2);
+        assert!(!page.contains("http"), "the page loads nothing");
+    }
+
+    #[test]
+    fn reports_come_back_from_json() {
+        let r = report("x");
+        let text = serde_json::to_string(&r).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), r);
+    }
+}

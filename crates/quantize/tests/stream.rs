@@ -1,0 +1,275 @@
+//! A whole model through the stream: a tiny random Llama written as GGUF.
+
+use sparsam_dtype::DType;
+use sparsam_formats::{Source, TensorSpec, gguf};
+use sparsam_ir::{Precision, Trace};
+use sparsam_models::nn::Batch;
+use sparsam_models::{Config, Model};
+use sparsam_quantize::recipe::{self, TensorPlan};
+use sparsam_quantize::stream::{Gptq, Job, Layer, Method};
+use sparsam_quantize::{Error, Tokens, budget};
+use sparsam_runtime::{Data, Device, Session, Weights};
+use std::path::Path;
+use std::sync::Arc;
+
+const VOCAB: usize = 96;
+const CTX: usize = 24;
+
+/// A Llama of 2 layers, 64 wide, with inputs of uneven size; `tied` leaves the head out.
+fn write_model(path: &Path, tied: bool, poison: bool) {
+    let mut m = gguf::Metadata::default();
+    let u = gguf::Value::U32;
+    m.insert("general.architecture", gguf::Value::String("llama".into()));
+    for (key, value) in [
+        ("vocab_size", VOCAB),
+        ("embedding_length", 64),
+        ("feed_forward_length", 128),
+        ("block_count", 2),
+        ("context_length", 64),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+    ] {
+        m.insert(format!("llama.{key}"), u(value as u32));
+    }
+    m.insert("llama.attention.layer_norm_rms_epsilon", gguf::Value::F32(1e-5));
+    let mut specs = vec![("token_embd.weight".to_string(), vec![VOCAB, 64])];
+    for i in 0..2 {
+        for (name, shape) in [
+            ("attn_norm", vec![64]),
+            ("attn_q", vec![64, 64]),
+            ("attn_k", vec![32, 64]),
+            ("attn_v", vec![32, 64]),
+            ("attn_output", vec![64, 64]),
+            ("ffn_norm", vec![64]),
+            ("ffn_gate", vec![128, 64]),
+            ("ffn_up", vec![128, 64]),
+            ("ffn_down", vec![64, 128]),
+        ] {
+            specs.push((format!("blk.{i}.{name}.weight"), shape));
+        }
+    }
+    specs.push(("output_norm.weight".into(), vec![64]));
+    if !tied {
+        specs.push(("output.weight".into(), vec![VOCAB, 64]));
+    }
+    let specs: Vec<TensorSpec> =
+        specs.into_iter().map(|(name, shape)| TensorSpec { name, shape, dtype: DType::F32 }).collect();
+    let mut writer = gguf::Writer::create(path, &m, &specs).unwrap();
+    let mut state = 7u64;
+    for s in &specs {
+        let n: usize = s.shape.iter().product();
+        let mut x: Vec<f32> = (0..n)
+            .map(|i| {
+                let unit: f32 = (0..4)
+                    .map(|_| {
+                        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+                    })
+                    .sum();
+                // Norms of uneven size make some inputs matter more than others.
+                if s.shape.len() == 1 { (2.0 * (i as f32 * 1.7).sin()).exp() } else { unit * 0.2 }
+            })
+            .collect();
+        if poison && s.name == "blk.1.ffn_up.weight" {
+            x[77] = f32::NAN;
+        }
+        let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+        writer.append(&s.name, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn tokens() -> Vec<u32> {
+    (0..40 * CTX).map(|i| ((i * i + 7 * i / 3) % VOCAB) as u32).collect()
+}
+
+/// Logits of the model in a file for the first sequences of the calibration text.
+fn logits(path: &Path) -> Vec<f32> {
+    let source = Source::open(path).unwrap();
+    let model = Model::new(Config::from_source(&source).unwrap());
+    let mut weights = Weights::new();
+    for spec in model.weights(&source).unwrap() {
+        let t = source.require(&spec.source_name).unwrap();
+        let t = spec.transform.apply(t.bytes, t.info.dtype, &t.info.shape).unwrap();
+        weights.insert(&spec.name, &spec.shape, t.dtype, &t.bytes).unwrap();
+    }
+    for c in model.constants() {
+        weights.insert_f32(&c.name, &c.shape, &c.data).unwrap();
+    }
+    let mut session = Session::new(&Device::cpu(2).unwrap(), Arc::new(weights));
+    let n = 8 * CTX;
+    let t = Trace::with_weights(session.weights().shapes());
+    let y = model.trace(&t, &Batch::packed(n));
+    let step = session.compile(&t.finish(&[("y", &y)]).unwrap()).unwrap();
+    let ids: Vec<i32> = tokens()[..n].iter().map(|&t| t as i32).collect();
+    let positions: Vec<i32> = (0..n).map(|i| (i % CTX) as i32).collect();
+    let row_start: Vec<i32> = (0..n).map(|i| (i - i % CTX) as i32).collect();
+    let inputs = [
+        ("tokens", Data::I32(&ids)),
+        ("positions", Data::I32(&positions)),
+        ("row_start", Data::I32(&row_start)),
+    ];
+    session.run(&step, &inputs).unwrap().f32("y").unwrap().to_vec()
+}
+
+struct Setup {
+    dir: tempfile::TempDir,
+    source: Source,
+    model: Model,
+    device: Device,
+    tokens: Tokens,
+}
+
+fn setup(tied: bool, poison: bool) -> Setup {
+    let dir = tempfile::tempdir().unwrap();
+    write_model(&dir.path().join("m.gguf"), tied, poison);
+    let source = Source::open(dir.path().join("m.gguf")).unwrap();
+    let model = Model::new(Config::from_source(&source).unwrap());
+    let tokens = Tokens::new(&tokens(), 40, CTX).unwrap();
+    Setup { dir, source, model, device: Device::cpu(2).unwrap(), tokens }
+}
+
+impl Setup {
+    fn plan(&self, dtype: DType) -> Vec<TensorPlan> {
+        recipe::plan_with(&self.model, &self.source, |_| dtype).unwrap()
+    }
+
+    fn job<'a>(&'a self, plan: &'a [TensorPlan], method: Method) -> Job<'a> {
+        Job {
+            source: &self.source,
+            model: &self.model,
+            device: &self.device,
+            plan,
+            method,
+            tokens: Some(&self.tokens),
+            identity: "test".into(),
+            partial: self.dir.path().join("out.partial"),
+        }
+    }
+
+    fn write(&self, job: &Job) -> (Vec<f32>, Vec<u8>, Vec<Layer>) {
+        let layers = job.run(&mut |_, _| {}).unwrap();
+        let out = self.dir.path().join("out.gguf");
+        job.write_gguf(&out, self.source.gguf_metadata().unwrap()).unwrap();
+        job.clean();
+        assert!(!job.partial.exists(), "nothing half-written stays");
+        (logits(&out), std::fs::read(&out).unwrap(), layers)
+    }
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+}
+
+fn gptq(asymmetric: f32) -> Method {
+    Method::Gptq(Gptq { asymmetric, precision: Precision::F32, ..Gptq::default() })
+}
+
+/// Whatever the type: the written file is a model whose logits lie nearer to the original's than with nearest rounding,
+/// and nearer still where later layers make up for earlier ones.
+#[test]
+fn written_models_are_nearer_to_the_original() {
+    for (tied, types) in [(false, [DType::IQ4_NL, DType::S2_64]), (true, [DType::Q4_0, DType::S3_64])] {
+        let s = setup(tied, false);
+        let original = logits(s.source.path());
+        for dtype in types {
+            let plan = s.plan(dtype);
+            let nearest = distance(&original, &s.write(&s.job(&plan, Method::Nearest)).0);
+            let plain = distance(&original, &s.write(&s.job(&plan, gptq(0.0))).0);
+            let (got, _, layers) = s.write(&s.job(&plan, gptq(1.0)));
+            let moved = distance(&original, &got);
+            println!("tied {tied}, {dtype}: nearest {nearest:.1}, GPTQ {plain:.1}, asymmetric {moved:.1}");
+            assert!(plain < 0.9 * nearest, "tied {tied}, {dtype}: GPTQ {plain}, nearest {nearest}");
+            assert!(moved < plain, "tied {tied}, {dtype}: asymmetric {moved}, plain {plain}");
+            let rounded = layers.iter().filter_map(|l| l.error);
+            assert!(rounded.clone().count() >= 14 && rounded.clone().all(|e| e.rounded <= e.nearest));
+            let file = Source::open(s.dir.path().join("out.gguf")).unwrap();
+            assert_eq!(file.require("blk.1.ffn_down.weight").unwrap().info.dtype, dtype);
+            assert_eq!(file.require("blk.1.ffn_norm.weight").unwrap().info.dtype, DType::F32);
+        }
+    }
+}
+
+/// A run that died goes on behind the last tensor, to the same bytes; other settings start anew.
+#[test]
+fn a_killed_run_goes_on() {
+    let s = setup(false, false);
+    let plan = s.plan(DType::Q4_0);
+    let (_, want, _) = s.write(&s.job(&plan, gptq(0.5)));
+    // Dies in the second block: the panic leaves what a kill would leave.
+    let job = s.job(&plan, gptq(0.5));
+    let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        job.run(&mut |_, name| assert!(!name.contains("layers.1.self_attn.o_proj"), "killed"))
+    }));
+    assert!(died.is_err());
+    let done = std::fs::read_dir(&job.partial).unwrap().count();
+    assert!(done > 10, "{done} files");
+    let mut seen = Vec::new();
+    job.run(&mut |_, name| seen.push(name.to_string())).unwrap();
+    assert!(!seen.iter().any(|n| n.contains("layers.0")), "done again: {seen:?}");
+    assert_eq!(s.write(&job).1, want);
+    // The same folder under other settings.
+    job.run(&mut |_, _| {}).unwrap();
+    let mut seen = 0;
+    s.job(&plan, gptq(0.25)).run(&mut |_, _| seen += 1).unwrap();
+    assert!(seen > 14, "results of other settings were taken");
+}
+
+#[test]
+fn bad_input_is_said() {
+    let s = setup(false, true);
+    let plan = s.plan(DType::Q4_0);
+    for method in [Method::Nearest, gptq(0.5)] {
+        let said = s.job(&plan, method).run(&mut |_, _| {}).unwrap_err().to_string();
+        assert!(said.contains("layers.1.mlp.up_proj.weight: weight 77 is NaN"), "{said}");
+    }
+    let said = Tokens::new(&[1, 2, 3], 4, 8).unwrap_err().to_string();
+    assert!(said.contains("3 tokens, one sequence takes 8"), "{said}");
+    let said = recipe::plan(&s.model, &s.source, "Q4_X").unwrap_err().to_string();
+    assert!(said.contains("no type \"Q4_X\"") && said.contains("Q4_K_M"), "{said}");
+    let job = Job { tokens: None, ..s.job(&plan, gptq(0.5)) };
+    assert!(matches!(job.run(&mut |_, _| {}), Err(Error::NoCalibration)));
+}
+
+/// Types that do not divide the rows are replaced by llama.cpp's substitutes, and that is told.
+#[test]
+fn mixtures_choose_as_llama_cpp_does() {
+    let s = setup(false, false);
+    let of = |name: &str, tensor: &str| {
+        let plan = recipe::plan(&s.model, &s.source, name).unwrap();
+        let p = plan.into_iter().find(|p| p.gguf_name == tensor).unwrap();
+        (p.to, p.wanted)
+    };
+    // Rows of 64: no K type fits.
+    assert_eq!(of("Q4_K_M", "blk.0.attn_q.weight"), (DType::Q5_0, Some(DType::Q4_K)));
+    assert_eq!(of("Q4_K_M", "output.weight"), (DType::Q8_0, Some(DType::Q6_K)));
+    assert_eq!(of("Q3_K_M", "blk.0.attn_v.weight"), (DType::Q5_1, Some(DType::Q5_K)));
+    assert_eq!(of("Q4_0", "output.weight"), (DType::Q8_0, Some(DType::Q6_K)));
+    assert_eq!(of("Q4_0", "token_embd.weight"), (DType::Q4_0, None));
+    assert_eq!(of("q8_0", "blk.1.ffn_up.weight"), (DType::Q8_0, None));
+    assert_eq!(of("Q4_0", "output_norm.weight"), (DType::F32, None));
+}
+
+/// Tensors that matter more are found, and a budget is kept.
+#[test]
+fn budgets_are_kept_and_spent_where_it_matters() {
+    let s = setup(true, false);
+    let mut plan = s.plan(DType::Q8_0);
+    let ids: Vec<i32> = tokens()[..CTX].iter().map(|&t| t as i32).collect();
+    let kl = budget::sensitivity(&s.source, &s.model, &s.device, &plan, &ids, &mut |_, _| {}).unwrap();
+    for (p, kl) in plan.iter().zip(&kl) {
+        assert_eq!(*kl > 0.0, p.spec.shape.len() == 2, "{}: {kl}", p.spec.name);
+    }
+    let choices = budget::choices(&s.source, &plan, &kl).unwrap();
+    let smallest: usize = choices.iter().map(|c| c.iter().map(|c| c.bytes).min().unwrap()).sum();
+    assert!(budget::allocate(&choices, smallest - 1).is_none());
+    let mut last = f64::INFINITY;
+    for budget in [smallest, smallest * 3 / 2, smallest * 2] {
+        let at = budget::allocate(&choices, budget).unwrap();
+        let loss: f64 = at.iter().zip(&choices).map(|(&i, c)| c[i].loss).sum();
+        assert!(loss < last, "{budget}: {loss}, {last} with less");
+        last = loss;
+        plan.iter_mut().zip(at.iter().zip(&choices)).for_each(|(p, (&i, c))| p.to = c[i].dtype);
+        assert!(plan.iter().map(TensorPlan::bytes).sum::<usize>() <= budget);
+    }
+}
