@@ -349,6 +349,23 @@ fn check_part(part: &'static str, value: &Value, depth: usize) -> Result<(), Err
         {
             return bad(FILE, format!("the {part} cuts text into pieces of no length"));
         }
+        // The crate panics on a table that is damaged, and checks no index into one that is not. It belongs to
+        // Unigram vocabularies of translation models.
+        if map.get("type").and_then(Value::as_str) == Some("Precompiled") {
+            return bad(FILE, format!("the {part} of the kind Precompiled is not supported"));
+        }
+        // The crate looks these up without asking whether they are there.
+        let steps = ["single", "pair"].into_iter().filter_map(|key| map.get(key)?.as_array()).flatten();
+        for id in steps.filter_map(|step| step.get("SpecialToken")?.get("id")?.as_str()) {
+            if map.get("special_tokens").and_then(|known| known.get(id)).is_none() {
+                return bad(FILE, format!("the {part} adds {id:?}, which its special_tokens do not name"));
+            }
+        }
+        let of_pair =
+            |step: &Value| step.get("Sequence").and_then(|s| s.get("id")).is_some_and(|id| id == "B");
+        if map.get("single").and_then(Value::as_array).is_some_and(|steps| steps.iter().any(of_pair)) {
+            return bad(FILE, format!("the {part} wants a second text where one is given"));
+        }
         for key in ["normalizers", "pretokenizers", "processors", "decoders"] {
             if let Some(Value::Array(list)) = map.get(key) {
                 for inner in list {
