@@ -6,12 +6,20 @@
 mod bench;
 mod bench_attention;
 mod bench_train;
+mod completions;
 mod convert;
+mod doctor;
 mod eval;
+mod expected;
 mod info;
+mod ledger;
 mod load;
+mod man;
 mod model;
 mod quantize;
+mod plan;
+mod probe;
+mod receipt;
 mod run;
 mod serve;
 mod text;
@@ -38,6 +46,11 @@ enum Command {
     Serve(serve::Args),
     Train(Box<train::Args>),
     Convert(convert::Args),
+    Plan(plan::Args),
+    Receipt(receipt::Args),
+    Doctor(doctor::Args),
+    Completions(completions::Args),
+    Man(man::Args),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +63,11 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Train(args) => train::run(*args),
         Command::Convert(args) => convert::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Receipt(args) => receipt::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

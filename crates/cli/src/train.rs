@@ -1,6 +1,8 @@
 //! `sparsam train`: from text to a model.
 
-use crate::{model, text};
+use crate::expected::{self, Expected};
+use crate::ledger::Ledger;
+use crate::{model, probe, text};
 use anyhow::bail;
 use clap::ValueEnum;
 use serde_json::json;
@@ -35,13 +37,16 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The folder of the run, which must not hold one yet
-    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["resume", "dry_run"])]
     out: Option<PathBuf>,
     /// Go on with the run in this folder, from its newest checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "data", "from", "arch", "size"])]
     resume: Option<PathBuf>,
     #[command(flatten)]
     flags: Flags,
+    /// Train for some seconds in a folder that is thrown away, and say what the whole run would take
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -265,6 +270,7 @@ impl Flags {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let start = Instant::now();
     let steps = args.flags.steps;
     let mut run = match (&args.resume, &args.out) {
         (Some(folder), _) => {
@@ -284,12 +290,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             eprintln!("going on behind step {} of {}", run.progress().step, run.settings().steps);
             run
         }
-        (None, Some(out)) => {
+        (None, out) => {
             let mut config = args.config.as_deref().map(Config::open).transpose()?.unwrap_or_default();
             args.flags.apply(&mut config)?;
+            if args.dry_run {
+                return expected::dry_run(config, args.json);
+            }
+            let Some(out) = out else { bail!("give --out, the folder of the run") };
             Run::start(out, config)?
         }
-        (None, None) => bail!("give --out, the folder of the run"),
     };
     announce(&mut run);
     if args.explain {
@@ -297,11 +306,29 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let stop = stop_flag()?;
     let mut progress = Progress::new(&run);
-    let finished = run.go(&stop, &mut |event| progress.show(event));
+    let machine = probe::here(run.settings().threads, run.folder(), run.settings().usd_per_hour);
+    let mut ledger = Ledger::new("train", machine, start);
+    if let Some(base) = &run.config().model.from {
+        ledger.parent("base", base.as_ref());
+    }
+    if args.resume.is_some() {
+        ledger.resume();
+    }
+    let mut expected = Expected::new(&mut run);
+    let finished = run.go(&stop, &mut |event| {
+        if let Event::Step(record) = &event
+            && let Some(forecast) = expected.after(record, &ledger)
+        {
+            progress.say(&expected::line(&forecast));
+            ledger.expect(forecast);
+        }
+        progress.show(event)
+    });
     progress.bar.finish_and_clear();
     let finished = finished?;
     let p = &finished.progress;
     let folder = run.folder().to_path_buf();
+    let comparison = ledger.finish(&folder, Some(p.targets as f64))?;
     let speed = if p.seconds > 0.0 { p.targets as f64 / p.seconds } else { 0.0 };
     if args.json {
         return text::say_json(&json!({
@@ -331,6 +358,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let saved = ["model.gguf", "model"].map(|name| folder.join(name));
     for path in saved.iter().filter(|path| finished.complete && path.exists()) {
         text::say(format_args!("model: {}", path.display()))?;
+    }
+    if let Some(table) = comparison {
+        text::say(format_args!("{}", table.to_text(100).trim_end()))?;
     }
     text::say(format_args!("report: {}", folder.join("report.html").display()))
 }

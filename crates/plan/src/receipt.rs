@@ -80,6 +80,20 @@ impl Record {
         self
     }
 
+    /// Adds what an earlier part of the same run has taken: time, energy, money; the larger memory; its parents.
+    pub fn add_earlier(&mut self, earlier: &Record) {
+        let sum = |x: Option<f64>, y: Option<f64>| x.map(|x| x + y.unwrap_or(0.0)).or(y);
+        let (now, then) = (&mut self.fact, &earlier.fact);
+        now.seconds = sum(now.seconds, then.seconds);
+        now.joules = sum(now.joules, then.joules);
+        now.usd = sum(now.usd, then.usd);
+        now.memory_bytes = now.memory_bytes.into_iter().chain(then.memory_bytes).reduce(f64::max);
+        // The forecast was for the part that just ended; the whole had none.
+        self.forecast = None;
+        let new = earlier.parents.iter().filter(|p| !self.parents.contains(p)).cloned().collect::<Vec<_>>();
+        self.parents.extend(new);
+    }
+
     /// Forecast against fact; empty if nothing was forecast.
     pub fn comparison(&self) -> Vec<Comparison> {
         self.forecast.as_ref().map(|f| f.against(&self.fact)).unwrap_or_default()
@@ -221,6 +235,15 @@ mod tests {
         assert_eq!((made.fact.joules, made.fact.usd), (Some(5000.0), Some(100.0 * 0.36 / 3600.0)));
         let measured = Fact { seconds: Some(100.0), joules: Some(7.0), ..Fact::default() };
         assert_eq!(Record::new("train", &machine(), None, measured).fact.joules, Some(7.0));
+    }
+
+    #[test]
+    fn a_run_in_two_parts_is_one_expense() {
+        let earlier = record("train", 100.0).parent("base", "m.gguf");
+        let mut later = record("train", 50.0).parent("base", "m.gguf");
+        later.add_earlier(&earlier);
+        assert_eq!((later.fact.seconds, later.fact.joules), (Some(150.0), Some(7500.0)));
+        assert_eq!(later.parents, earlier.parents);
     }
 
     #[test]

@@ -89,6 +89,46 @@ pub fn from_csv(text: &str) -> Result<Vec<Run>, Error> {
     Ok(runs)
 }
 
+/// The run of a folder: `parameters` from its configuration (TOML) or its metrics, `tokens` and `loss` from its metrics
+/// (JSON lines). The loss is the last one measured on held-back text (`held_back_loss`); where there is none, the mean of the
+/// last tenth of the training losses, since single batches scatter.
+///
+/// # Errors
+/// A configuration or a line that does not parse, and what is missing, with its line.
+pub fn from_folder(config: &str, metrics: &str) -> Result<Run, Error> {
+    let config: toml::Table = toml::from_str(config)
+        .map_err(|e| Error::Runs(format!("config.toml: {}", e.to_string().trim_end())))?;
+    let mut lines: Vec<serde_json::Map<String, serde_json::Value>> = Vec::new();
+    // A last line without its end was being written when the run was killed.
+    let whole = metrics.rfind('\n').map_or("", |at| &metrics[..at]);
+    for (i, line) in whole.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        let parsed = serde_json::from_str(line)
+            .map_err(|e| Error::Runs(format!("metrics.jsonl, line {}: {e}", i + 1)))?;
+        lines.push(parsed);
+    }
+    let last = |key: &str| lines.iter().rev().find_map(|l| l.get(key)?.as_f64());
+    let missing =
+        |what: &str| Error::Runs(format!("metrics.jsonl holds no `{what}`; has the run made a step?"));
+    let configured = |table: &toml::Table| table.get("parameters").and_then(toml::Value::as_integer);
+    let nested = || config.values().filter_map(toml::Value::as_table).find_map(configured);
+    let parameters = last("parameters").or_else(|| configured(&config).or_else(nested).map(|n| n as f64));
+    let parameters = parameters
+        .ok_or_else(|| Error::Runs("neither config.toml nor metrics.jsonl says `parameters`".into()))?;
+    let tokens = last("tokens").ok_or_else(|| missing("tokens"))?;
+    let loss = match last("held_back_loss") {
+        Some(loss) => loss,
+        None => {
+            let all: Vec<f64> = lines.iter().filter_map(|l| l.get("loss")?.as_f64()).collect();
+            let tail = &all[all.len() - all.len().div_ceil(10)..];
+            if tail.is_empty() {
+                return Err(missing("loss"));
+            }
+            tail.iter().sum::<f64>() / tail.len() as f64
+        }
+    };
+    Run { parameters, tokens, loss }.checked("metrics.jsonl")
+}
+
 /// The fields of a CSV line: separated by commas, optionally in double quotes with `""` for a quote.
 fn fields(line: &str) -> Vec<String> {
     let mut out = vec![String::new()];
@@ -162,6 +202,26 @@ mod tests {
         let runs =
             from_csv("loss,\"name\",training_flop,parameters\n3.5,\"a, \"\"b\"\"\",6e12,1e3\r\n\n").unwrap();
         assert_eq!(runs, [Run { parameters: 1e3, tokens: 1e9, loss: 3.5 }]);
+    }
+
+    #[test]
+    fn a_folder_is_a_run() {
+        let metrics = "{\"step\":1,\"tokens\":100,\"loss\":5.0}\n{\"step\":2,\"tokens\":200,\"loss\":4.0,\"held_back_loss\":4.5}\n";
+        let want = Run { parameters: 3e4, tokens: 200.0, loss: 4.5 };
+        assert_eq!(from_folder("parameters = 30000", metrics).unwrap(), want);
+        assert_eq!(from_folder("[model]\nparameters = 30000", metrics).unwrap(), want);
+        // Without held-back text: the mean of the last tenth of 20 losses, 19 and 20.
+        let plain: Vec<String> = (1..=20).map(|i| format!("{{\"tokens\":{i},\"loss\":{i}}}")).collect();
+        assert_eq!(from_folder("parameters = 1", &(plain.join("\n") + "\n{\"tok")).unwrap().loss, 19.5);
+        let check = |config: &str, metrics: &str, part: &str| {
+            let message = from_folder(config, metrics).unwrap_err().to_string();
+            assert!(message.contains(part), "`{message}` does not say `{part}`");
+        };
+        check("= 1", metrics, "config.toml:");
+        check("", metrics, "neither config.toml nor metrics.jsonl says `parameters`");
+        check("parameters = 1", "{\"tokens\": 1}\n{\"tok\n", "line 2:");
+        check("parameters = 1", "", "no `tokens`");
+        check("parameters = 1", "{\"tokens\": 1}\n", "no `loss`");
     }
 
     #[test]

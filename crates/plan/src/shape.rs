@@ -160,10 +160,10 @@ impl Shape {
                     continue;
                 }
                 let ratio = hidden as f64 / middle;
-                if ratio < 0.7 {
+                if ratio < 0.5 {
                     continue;
                 }
-                if ratio > 1.4 {
+                if ratio > 2.0 {
                     break;
                 }
                 let candidate = Shape::llama_like(n_layers, hidden, parameters);

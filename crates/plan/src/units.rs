@@ -173,6 +173,11 @@ pub fn show_count(x: f64) -> String {
     scaled(x, &[(1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"), (1e15, "Q")])
 }
 
+/// A number of things that are counted out, digits and all up to a million: `2048`, `96`; beyond as [`show_count`].
+pub fn show_whole(x: f64) -> String {
+    if x < 1e6 && x.fract() == 0.0 { format!("{x}") } else { show_count(x) }
+}
+
 /// An amount of arithmetic for people: `5.76e23`.
 pub fn show_flop(x: f64) -> String {
     format!("{x:.2e}")
@@ -264,6 +269,7 @@ mod tests {
 
     #[test]
     fn shows_what_people_read() {
+        assert_eq!((show_whole(2048.0), show_whole(2.5e6)), ("2048".into(), "2.5M".into()));
         assert_eq!(show_count(67.04e9), "67B");
         assert_eq!(show_count(1.0), "1");
         assert_eq!(show_count(999.96e6), "1B");

@@ -133,7 +133,7 @@ fn teacher_and_student_of_distilling_step_by_step() {
 fn shapes_by_the_rule_have_the_size_asked_for() {
     for parameters in [3e4, 1e5, 1e6, 1e7, 4.9e7, 1.25e8, 1e9, 7e9, 65e9, 175e9, 1e12] {
         let shape = Shape::for_parameters(parameters).unwrap();
-        near(shape.parameters().total(), parameters, if parameters < 1e5 { 0.2 } else { 0.05 });
+        near(shape.parameters().total(), parameters, if parameters < 1e5 { 0.15 } else { 0.05 });
         assert_eq!(shape.n_heads * shape.head_dim, shape.hidden_size, "{shape:?}");
         assert_eq!(shape.n_heads % shape.n_kv_heads, 0);
     }
@@ -188,10 +188,12 @@ fn a_sweep_spends_its_budget_around_the_optimum() {
         assert!(profile.windows(2).all(|w| w[0].parameters < w[1].parameters));
     }
     // With little text, nothing sees it more than four times (shapes are rounded, so a little over is allowed).
-    let short = Budget { text: Some((1.1e6, 4.0)), ..budget };
+    let short = Budget { flop: 1e13, text: Some((1.1e6, 4.0)), ..budget };
+    let too_much = plan(&Law::BESIROGLU, &Budget { text: Some((1.1e6, 4.0)), ..budget }).unwrap_err();
+    assert!(too_much.to_string().contains("no law holds"), "{too_much}");
     for run in plan(&Law::BESIROGLU, &short).unwrap() {
         assert!(run.tokens <= 1.2 * 4.4e6, "{run:?}");
     }
     assert!(plan(&Law::BESIROGLU, &Budget { n_sizes: 2, ..budget }).is_err());
-    assert!(plan(&Law::BESIROGLU, &Budget { flop: 1e9, ..budget }).is_err());
+    assert!(plan(&Law::BESIROGLU, &Budget { flop: 1e5, ..budget }).is_err());
 }

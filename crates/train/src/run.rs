@@ -183,6 +183,11 @@ impl Run {
         self.settings.schedule.steps = steps;
     }
 
+    /// All that it was started with, derived settings included.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// What was found about model and data.
     pub fn receipt(&self) -> &Receipt {
         &self.receipt
