@@ -168,6 +168,17 @@ impl Ptr {
     }
 }
 
+/// Where a bound operand lies: bytes of a slab.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    slab: usize,
+    /// Element `[0, 0, ..]`.
+    at: usize,
+    /// Behind the last element.
+    end: usize,
+    write: bool,
+}
+
 // SAFETY: a `Ptr` is only an address; each kernel that shares it between threads states why its accesses are disjoint.
 unsafe impl Send for Ptr {}
 // SAFETY: as above.
@@ -269,17 +280,30 @@ impl Memory {
         Ok((outs, ins.iter().map(|v| self.address(v)).collect()))
     }
 
-    /// [`Memory::resolve`] into an array, outputs first, where they fit.
-    pub(crate) fn resolve_into(
-        &mut self,
-        outs: &[&View],
-        ins: &[&View],
-        in_place: bool,
-        ptrs: &mut [Ptr],
-    ) -> Result<(), Error> {
+    /// Checks views once for many runs: what [`Memory::resolve`] checks, slabs as they are now.
+    pub(crate) fn bind(&self, outs: &[&View], ins: &[&View], in_place: bool) -> Result<Vec<Place>, Error> {
         self.check(outs, ins, in_place)?;
-        for (ptr, view) in ptrs.iter_mut().zip(outs.iter().chain(ins)) {
-            *ptr = self.address(view);
+        let place = |(i, v): (usize, &&View)| {
+            let size = v.dtype.block_bytes();
+            let (at, end) = (v.layout.offset * size, v.layout.end() * size);
+            Place { slab: v.slab, at, end, write: i < outs.len() }
+        };
+        Ok(outs.iter().chain(ins).enumerate().map(place).collect())
+    }
+
+    /// Addresses of bound operands, in their order. Slabs are looked at again, since they may have been replaced.
+    pub(crate) fn addresses(&mut self, places: &[Place], ptrs: &mut [Ptr]) -> Result<(), Error> {
+        for (ptr, p) in ptrs.iter_mut().zip(places) {
+            let (base, have) = match self.slabs.get_mut(p.slab) {
+                Some(Slab::Owned(a)) => (a.ptr(), a.len()),
+                Some(Slab::Shared(_)) if p.write => return Err(Error::ReadOnly { slab: p.slab }),
+                Some(Slab::Shared(a)) => (a.shared_ptr().cast_mut(), a.len()),
+                None => return Err(Error::NoSlab { slab: p.slab }),
+            };
+            if p.end > have {
+                return Err(Error::Bounds { slab: p.slab, need: p.end, have });
+            }
+            *ptr = Ptr(base.wrapping_add(p.at));
         }
         Ok(())
     }

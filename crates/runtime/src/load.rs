@@ -23,7 +23,7 @@ pub(crate) struct Call {
 }
 
 pub(crate) enum Kind {
-    Row(Box<row::Code>),
+    Row(Box<row::Bound>),
     /// Whether the product is added to the output.
     Matmul(sparsam_kernels::Precision, bool),
     WeightMatmul(Vec<Arc<Weight>>, sparsam_kernels::Precision),
@@ -189,48 +189,49 @@ impl Session {
                     what: "is used as a matrix but is not bound as one".into(),
                 })
             };
-            let kind =
-                match &s.kernel {
-                    Kernel::Row(p) => {
-                        let a: Vec<(DType, &Layout)> = ins.iter().map(|v| (v.dtype, &v.layout)).collect();
-                        let b: Vec<(DType, &Layout)> = outs.iter().map(|v| (v.dtype, &v.layout)).collect();
-                        let code = row::Code::new(&row_program(p), &a, &b)
-                            .map_err(|source| Error::Kernel { step: i, kernel: s.kernel.name(), source })?;
-                        Kind::Row(Box::new(code))
-                    }
-                    Kernel::Matmul { precision: p, add } => Kind::Matmul(precision(*p), *add),
-                    Kernel::WeightMatmul { precision: p } => {
-                        let weights = (1..s.ins.len()).map(weight).collect::<Result<_, _>>()?;
-                        Kind::WeightMatmul(weights, precision(*p))
-                    }
-                    Kernel::WeightMatmulT { precision: p } => Kind::WeightMatmulT(weight(1)?, precision(*p)),
-                    Kernel::WeightGather => Kind::WeightGather(weight(0)?),
-                    Kernel::WeightDecode => Kind::WeightDecode(weight(0)?),
-                    Kernel::Gather => Kind::Gather,
-                    Kernel::ScatterAdd => Kind::ScatterAdd,
-                    Kernel::ScatterRows => Kind::ScatterRows,
-                    Kernel::Copy => Kind::Copy,
-                    Kernel::Attention { scale, window, softcap, layout, parts } => {
-                        let scores = Scores {
-                            scale: scale.get() as f32,
-                            window: *window,
-                            softcap: softcap.map(|c| c.get() as f32),
+            let kind = match &s.kernel {
+                Kernel::Row(p) => {
+                    let a: Vec<(DType, &Layout)> = ins.iter().map(|v| (v.dtype, &v.layout)).collect();
+                    let b: Vec<(DType, &Layout)> = outs.iter().map(|v| (v.dtype, &v.layout)).collect();
+                    let bound = row::Code::new(&row_program(p), &a, &b).and_then(|code| {
+                        let (outs, ins): (Vec<_>, Vec<_>) = (outs.iter().collect(), ins.iter().collect());
+                        row::Bound::new(&self.mem, code, &outs, &ins)
+                    });
+                    let wrong = |source| Error::Kernel { step: i, kernel: s.kernel.name(), source };
+                    Kind::Row(Box::new(bound.map_err(wrong)?))
+                }
+                Kernel::Matmul { precision: p, add } => Kind::Matmul(precision(*p), *add),
+                Kernel::WeightMatmul { precision: p } => {
+                    let weights = (1..s.ins.len()).map(weight).collect::<Result<_, _>>()?;
+                    Kind::WeightMatmul(weights, precision(*p))
+                }
+                Kernel::WeightMatmulT { precision: p } => Kind::WeightMatmulT(weight(1)?, precision(*p)),
+                Kernel::WeightGather => Kind::WeightGather(weight(0)?),
+                Kernel::WeightDecode => Kind::WeightDecode(weight(0)?),
+                Kernel::Gather => Kind::Gather,
+                Kernel::ScatterAdd => Kind::ScatterAdd,
+                Kernel::ScatterRows => Kind::ScatterRows,
+                Kernel::Copy => Kind::Copy,
+                Kernel::Attention { scale, window, softcap, layout, parts } => {
+                    let scores = Scores {
+                        scale: scale.get() as f32,
+                        window: *window,
+                        softcap: softcap.map(|c| c.get() as f32),
+                    };
+                    let at = |part: AttentionPart| parts.iter().position(|p| *p == part);
+                    let grads = [AttentionPart::GradQ, AttentionPart::GradK, AttentionPart::GradV].map(at);
+                    if let [Some(q), Some(k), Some(v)] = grads {
+                        Kind::AttentionBackward { scores, grads: [q, k, v] }
+                    } else {
+                        let page_size = match layout {
+                            AttentionLayout::Packed => None,
+                            AttentionLayout::Paged { page_size } => Some(*page_size),
                         };
-                        let at = |part: AttentionPart| parts.iter().position(|p| *p == part);
-                        let grads =
-                            [AttentionPart::GradQ, AttentionPart::GradK, AttentionPart::GradV].map(at);
-                        if let [Some(q), Some(k), Some(v)] = grads {
-                            Kind::AttentionBackward { scores, grads: [q, k, v] }
-                        } else {
-                            let page_size = match layout {
-                                AttentionLayout::Packed => None,
-                                AttentionLayout::Paged { page_size } => Some(*page_size),
-                            };
-                            let (out, lse) = (at(AttentionPart::Out), at(AttentionPart::LogSumExp));
-                            Kind::Attention { scores, out, lse, page_size }
-                        }
+                        let (out, lse) = (at(AttentionPart::Out), at(AttentionPart::LogSumExp));
+                        Kind::Attention { scores, out, lse, page_size }
                     }
-                };
+                }
+            };
             calls.push(Call { kind, outs, ins, name: s.kernel.name(), bytes: s.bytes() });
         }
         let outputs = program.outputs.iter().map(|(name, o)| (name.clone(), view(o))).collect();

@@ -7,7 +7,7 @@ use crate::{Device, Error, Weights};
 use sparsam_dtype::{DType, bf16, f16};
 use sparsam_kernels::attention::{self, Packed, Paged, Saved};
 use sparsam_kernels::weight::{self, Weight};
-use sparsam_kernels::{Context, Memory, View, matmul, movement, row};
+use sparsam_kernels::{Context, Memory, View, matmul, movement};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,7 +36,7 @@ pub struct Session {
     pub(crate) id: u64,
     device: Device,
     pub(crate) weights: Arc<Weights>,
-    mem: Memory,
+    pub(crate) mem: Memory,
     pub(crate) arena: usize,
     pub(crate) inputs: usize,
     states: HashMap<String, State>,
@@ -264,7 +264,7 @@ fn with_refs<T, R>(items: &[T], f: impl FnOnce(&[&T]) -> R) -> R {
 fn run_call(ctx: &Context, mem: &mut Memory, call: &Call) -> Result<(), sparsam_kernels::Error> {
     let (outs, ins) = (&call.outs, &call.ins);
     match &call.kind {
-        Kind::Row(code) => with_refs(outs, |outs| with_refs(ins, |ins| row::run(ctx, mem, code, outs, ins))),
+        Kind::Row(bound) => bound.run(ctx, mem),
         Kind::Matmul(precision, false) => matmul::matmul(ctx, mem, &outs[0], &ins[0], &ins[1], *precision),
         Kind::Matmul(precision, true) => matmul::matmul_add(ctx, mem, &outs[0], &ins[0], &ins[1], *precision),
         Kind::WeightMatmul(weights, precision) => with_refs(outs, |outs| {

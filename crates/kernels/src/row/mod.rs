@@ -39,7 +39,7 @@ mod run;
 
 pub use program::{Binary, Instr, Program, Reduction, Store, Unary, Val};
 
-use crate::mem::Ptr;
+use crate::mem::{Place, Ptr};
 use crate::{Context, Error, Memory, View};
 use program::{Class, shape_error};
 use reference::Operand;
@@ -93,23 +93,56 @@ impl Code {
     }
 }
 
+/// Code and the operands that it runs on, checked once.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    code: Code,
+    /// Outputs first.
+    places: Vec<Place>,
+}
+
+impl Bound {
+    /// Binds `code` to `outs` and `ins`, as listed when it was made. An output may be the same view as an input.
+    ///
+    /// # Errors
+    /// Views that are not as the code was made for, lie out of bounds, or overlap in part.
+    pub fn new(mem: &Memory, code: Code, outs: &[&View], ins: &[&View]) -> Result<Bound, Error> {
+        code.check_views(outs, ins)?;
+        let places = mem.bind(outs, ins, true)?;
+        Ok(Bound { code, places })
+    }
+
+    /// Runs the code.
+    ///
+    /// # Errors
+    /// If slabs of `mem` are missing, or smaller than when the operands were bound.
+    pub fn run(&self, ctx: &Context, mem: &mut Memory) -> Result<(), Error> {
+        execute(ctx, mem, &self.code, &self.places)
+    }
+}
+
 /// Runs `code`: `outs` and `ins` as listed when it was made. An output may be the same view as an input.
 ///
 /// # Errors
-/// Views that are not as the code was made for, lie out of bounds, or overlap in part.
+/// As [`Bound::new`].
 pub fn run(ctx: &Context, mem: &mut Memory, code: &Code, outs: &[&View], ins: &[&View]) -> Result<(), Error> {
     code.check_views(outs, ins)?;
+    let places = mem.bind(outs, ins, true)?;
+    execute(ctx, mem, code, &places)
+}
+
+/// Runs `code` on operands that were checked against it.
+fn execute(ctx: &Context, mem: &mut Memory, code: &Code, places: &[Place]) -> Result<(), Error> {
     let mut stack = [Ptr(std::ptr::null_mut()); 24];
     let mut heap = Vec::new();
-    let n = outs.len() + ins.len();
-    let ptrs = if n <= stack.len() {
-        &mut stack[..n]
+    let ptrs = if places.len() <= stack.len() {
+        &mut stack[..places.len()]
     } else {
-        heap.resize(n, stack[0]);
+        heap.resize(places.len(), stack[0]);
         &mut heap[..]
     };
-    mem.resolve_into(outs, ins, true, ptrs)?;
-    let (out_ptrs, in_ptrs) = ptrs.split_at(outs.len());
+    mem.addresses(places, ptrs)?;
+    let (out_ptrs, in_ptrs) = ptrs.split_at(code.outs.len());
     let sum_columns = |o: usize| code.outs[o].1.shape.last().copied().unwrap_or(1);
     // SAFETY: resolved just now for views that lie as the code was made for.
     unsafe { run::run(ctx, &code.tiled, in_ptrs, out_ptrs, sum_columns) }
