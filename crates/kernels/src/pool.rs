@@ -9,6 +9,7 @@
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -83,6 +84,24 @@ impl Pool {
     /// Threads that run tasks, the caller counted.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Cuts `units` of work into one long piece for each thread, three quarters of it all, and small ones for those that
+    /// are done early: long streams of memory run best, and all threads should end together.
+    pub fn pieces(&self, units: usize) -> Vec<Range<usize>> {
+        let threads = self.threads();
+        let mut pieces = Vec::with_capacity(8 * threads);
+        let mut first = 0;
+        while first < units {
+            let len = match pieces.len() < threads {
+                true => units * 3 / (4 * threads),
+                false => (units - first) / (2 * threads),
+            };
+            let end = units.min(first + len.max(1));
+            pieces.push(first..end);
+            first = end;
+        }
+        pieces
     }
 
     /// Runs `task(0) .. task(tasks - 1)`, each once, on any thread, and returns when all have ended.
@@ -212,6 +231,21 @@ mod tests {
             });
         });
         assert_eq!(n.into_inner(), 30);
+    }
+
+    #[test]
+    fn pieces_are_all_of_it_in_order() {
+        for threads in 1..4 {
+            let pool = Pool::new(threads);
+            for units in [0, 1, 2, 3, 7, 60, 3072] {
+                let pieces = pool.pieces(units);
+                assert!(pieces.iter().all(|p| !p.is_empty()), "{threads} {units}: {pieces:?}");
+                assert_eq!(
+                    pieces.iter().flat_map(Range::clone).collect::<Vec<_>>(),
+                    (0..units).collect::<Vec<_>>()
+                );
+            }
+        }
     }
 
     #[test]

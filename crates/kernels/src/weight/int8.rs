@@ -20,8 +20,9 @@ use crate::matmul::pack::Lanes;
 use crate::matmul::scratch::{Scratch, Shared};
 use crate::matmul::tile::PANEL;
 use crate::matmul::{SERIAL, tasks};
-use crate::{Context, Cpu, Simd};
+use crate::{Context, Cpu, Pool, Simd};
 use sparsam_dtype::{DType, bf16, f16};
+use std::ops::Range;
 
 /// Elements that share one scale of activations.
 pub(super) const BLOCK: usize = 32;
@@ -258,7 +259,7 @@ pub(super) fn run(ctx: &Context, targets: &[Target], a: Lanes, m: usize, k: usiz
         let tiles = Tiles::new(cpu, dtype, format);
         let kind = (if tiles.signed { 0 } else { format.offset }, format.parts, format.min);
         let i = kinds.iter().position(|k| k.0 == kind).unwrap_or_else(|| {
-            kinds.push(sums(&acts, n, kind));
+            kinds.push(sums(ctx.pool(), &acts, n, kind));
             kinds.len() - 1
         });
         let sums = Sums { start: kinds[i].1.shared(), scaled: kinds[i].2.shared() };
@@ -268,7 +269,7 @@ pub(super) fn run(ctx: &Context, targets: &[Target], a: Lanes, m: usize, k: usiz
     }
 
     if m == 1 {
-        let pieces = guided(units, ctx.pool().threads());
+        let pieces = ctx.pool().pieces(units);
         tasks(ctx.pool(), parallel, pieces.len(), |t| {
             for unit in pieces[t].clone() {
                 let (job, first) = find(&jobs, unit);
@@ -289,37 +290,34 @@ pub(super) fn run(ctx: &Context, targets: &[Target], a: Lanes, m: usize, k: usiz
 }
 
 /// The [`Sums`] of `n` blocks of activations for an offset, parts and whether there are minima.
-fn sums(acts: &Acts, n: usize, kind: (i32, usize, bool)) -> ((i32, usize, bool), Scratch, Scratch) {
+fn sums(
+    pool: &Pool,
+    acts: &Acts,
+    n: usize,
+    kind: (i32, usize, bool),
+) -> ((i32, usize, bool), Scratch, Scratch) {
+    /// Blocks of one task: some microseconds of work.
+    const TASK: usize = 2048;
     let (offset, parts, min) = kind;
     let len = n * parts;
     let (mut start, mut scaled) = (Scratch::of::<i32>(len), Scratch::of::<f32>(if min { len } else { 0 }));
-    let (starts, scaleds) = (start.ptr::<i32>(), scaled.ptr::<f32>());
-    for i in 0..len {
-        // SAFETY: `acts` holds 2 n sums and n scales; no region runs.
-        unsafe {
-            let sum = match parts {
-                1 => *acts.sums.at(2 * i) + *acts.sums.at(2 * i + 1),
-                _ => *acts.sums.at(i),
-            };
-            *starts.add(i) = -offset * sum;
-            if min {
-                *scaleds.add(i) = sum as f32 * *acts.d.at(i / parts);
+    let (starts, scaleds) = (start.shared::<i32>(), scaled.shared::<f32>());
+    tasks(pool, n > TASK, n.div_ceil(TASK), |t| {
+        for i in t * TASK * parts..n.min((t + 1) * TASK) * parts {
+            // SAFETY: `acts` holds 2 n sums and n scales; blocks belong to this task alone.
+            unsafe {
+                let sum = match parts {
+                    1 => *acts.sums.at(2 * i) + *acts.sums.at(2 * i + 1),
+                    _ => *acts.sums.at(i),
+                };
+                *starts.at(i) = -offset * sum;
+                if min {
+                    *scaleds.at(i) = sum as f32 * *acts.d.at(i / parts);
+                }
             }
         }
-    }
+    });
     (kind, start, scaled)
-}
-
-/// Cuts `units` into pieces of falling size: long streams of memory first, small pieces to end together.
-fn guided(units: usize, threads: usize) -> Vec<std::ops::Range<usize>> {
-    let mut pieces = Vec::new();
-    let mut first = 0;
-    while first < units {
-        let end = first + ((units - first) / (2 * threads)).max(1);
-        pieces.push(first..end);
-        first = end;
-    }
-    pieces
 }
 
 /// The elements of a row as f32, in place where they lie so.
@@ -385,7 +383,7 @@ impl Job<'_> {
     }
 
     /// Some rows times one or two panels, unpacked first.
-    fn unit(&self, cpu: Cpu, acts: &Acts, first: usize, rows: std::ops::Range<usize>) {
+    fn unit(&self, cpu: Cpu, acts: &Acts, first: usize, rows: Range<usize>) {
         let (w, tiles, out) = (self.weight(), &self.tiles, self.target.out);
         let panels = (w.panels() - first).min(tiles.panels);
         let cols = (w.rows() - first * PANEL).min(panels * PANEL);
