@@ -4,8 +4,8 @@
 //! `s_j = cap(scale * q_ih . k_jg)`, `out_ih = sum_j softmax(s)_j v_jg`, `lse_ih = log sum_j exp(s_j)`, where
 //! `cap(s) = softcap * tanh(s / softcap)` if a soft cap is given. A row that sees no key gets 0 and -inf.
 //!
-//! Products, sums and exponentials are in f32, whatever the inputs are stored in. Where q, k and v are all bf16 with even
-//! widths and the machine multiplies pairs of bf16, the products take bf16: weights and the gradients of scores are
+//! Products, sums and exponentials are in f32, whatever the inputs are stored in. Where k and v are bf16 with even widths
+//! and the machine multiplies pairs of bf16, the products take bf16: queries, weights and the gradients of scores are
 //! rounded to it on their way into a product, sums stay in f32.
 //!
 //! Tile sizes are derived in `block.rs` (forward) and `backward.rs`; bytes moved against the plain version in
@@ -16,6 +16,7 @@
 
 mod backward;
 mod block;
+mod few;
 mod forward;
 mod problem;
 #[cfg(test)]

@@ -43,6 +43,10 @@ pub(super) trait Words<V>: Product<V> {
     /// `[slots / EACH][width in whole units]`, zeros where nothing is.
     unsafe fn pack_right(t: &Tensor, slots: &[usize], head: usize, width: usize, to: *mut f32);
 
+    /// A register of the right side of a product that sums over slots: numbers `d ..` of the slot at the first address
+    /// and, where words hold two, of its neighbour at the second.
+    unsafe fn right(dtype: DType, slots: [*const u8; 2], d: usize) -> V;
+
     /// Turns numbers `cols` (whole units) of a row into words in place; the word of number `j` is `j / EACH`.
     unsafe fn narrow(row: *mut f32, cols: Range<usize>);
 
@@ -60,6 +64,18 @@ impl<V: Vector> Words<V> for Single {
     unsafe fn pack_right(t: &Tensor, slots: &[usize], head: usize, width: usize, to: *mut f32) {
         // SAFETY: the caller's contract.
         unsafe { pack_rows::<V>(t, slots, head, width, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn right(dtype: DType, slots: [*const u8; 2], d: usize) -> V {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match dtype {
+                DType::F32 => V::load(slots[0].cast::<f32>().add(d)),
+                DType::F16 => V::load_f16(slots[0].cast::<u16>().add(d)),
+                _ => V::load_bf16(slots[0].cast::<u16>().add(d)),
+            }
+        }
     }
 
     #[inline(always)]
@@ -135,6 +151,16 @@ mod pairs {
         }
 
         #[inline(always)]
+        unsafe fn right(_: DType, slots: [*const u8; 2], d: usize) -> Avx512 {
+            // SAFETY: the caller's contract; the values are bf16.
+            unsafe {
+                let [first, second] = slots.map(|p| p.cast::<u16>().wrapping_add(d));
+                let words = join(_mm256_loadu_si256(first.cast()), _mm256_loadu_si256(second.cast()));
+                Avx512(_mm512_castsi512_ps(words))
+            }
+        }
+
+        #[inline(always)]
         unsafe fn narrow(row: *mut f32, cols: Range<usize>) {
             for j in cols.step_by(UNIT) {
                 // SAFETY: the caller's contract; what is written lies before what is still to be read.
@@ -158,7 +184,7 @@ mod pairs {
 /// (rounding after a factor would cost what bf16 inputs need not lose).
 ///
 /// # Safety
-/// As [`Tensor::read`]; bf16 where words are pairs, and an even width; `to` has room for `width / EACH` words.
+/// As [`Tensor::read`]; where words are pairs an even width; `to` has room for `width / EACH` words.
 #[inline(always)]
 pub(super) unsafe fn read_left<V: Vector, W: Words<V>>(
     t: &Tensor,
@@ -170,8 +196,18 @@ pub(super) unsafe fn read_left<V: Vector, W: Words<V>>(
 ) {
     // SAFETY: the caller's contract.
     unsafe {
-        if W::EACH == 2 {
+        if W::EACH == 2 && t.dtype == DType::BF16 {
             std::ptr::copy_nonoverlapping(t.at(token, head).cast_const(), to.cast::<u8>(), width * 2);
+            return;
+        }
+        if W::EACH == 2 {
+            let mut part = [0.0; 2 * UNIT];
+            for d in (0..width).step_by(2 * UNIT) {
+                let n = (width - d).min(2 * UNIT);
+                t.read_from(token, head, d, &mut part[..n]);
+                W::narrow(part.as_mut_ptr(), 0..2 * UNIT);
+                std::ptr::copy_nonoverlapping(part.as_ptr(), to.add(d / 2), n / 2);
+            }
             return;
         }
         let to = std::slice::from_raw_parts_mut(to, width);

@@ -10,9 +10,9 @@
 //! version writes and reads N x N scores and weights: at N = 8192 with 12 heads of 64 that is 4 x 3.2 GB forward,
 //! against 0.1 GB for the operands and 11 times (8192 / 384, halved by causality) 50 MB of keys and values.
 
-use super::Forward;
 use super::block::*;
 use super::problem::{Problem, Segment};
+use super::{Forward, Scores, few};
 use crate::matmul::scratch::Scratch;
 use crate::simd::{Vector, dispatch, math};
 use crate::{Context, Cpu};
@@ -24,10 +24,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const TASKS_PER_THREAD: usize = 4;
 
 /// Rows of one segment with one key head.
-struct Tile<'a> {
-    segment: &'a Segment,
-    rows: Range<usize>,
-    kv_head: usize,
+pub(super) struct Tile<'a> {
+    pub segment: &'a Segment,
+    pub rows: Range<usize>,
+    pub kv_head: usize,
     /// Chunks of keys that some row sees.
     chunks: Range<usize>,
     /// Where the results of the chunks begin, and how many are missing, if each chunk is a task of its own.
@@ -106,12 +106,17 @@ pub(super) fn forward(ctx: &Context, f: &Forward, p: &Problem) {
 }
 
 /// Floats that a row's running result takes: the weighted values in whole units, then maximum and sum.
-fn state_row(p: &Problem) -> usize {
+pub(super) fn state_row(p: &Problem) -> usize {
     p.v_dim.next_multiple_of(UNIT) + UNIT
 }
 
+/// What makes scores of products: inputs of tanh, or scores in base 2.
+pub(super) fn score_factor(scores: &Scores) -> f32 {
+    scores.softcap.map_or(scores.scale * std::f32::consts::LOG2_E, |cap| scores.scale / cap)
+}
+
 /// No keys seen: maximum -inf, sum and values 0.
-unsafe fn empty(p: &Problem, tile: &Tile, state: *mut f32) {
+pub(super) unsafe fn empty(p: &Problem, tile: &Tile, state: *mut f32) {
     let row = state_row(p);
     for m in 0..tile.rows.len() * p.group() {
         // SAFETY: the state has `row` floats for each row.
@@ -145,21 +150,31 @@ dispatch! {
 #[inline(always)]
 unsafe fn single<V: Transpose>(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
     // SAFETY: the caller's contract.
-    unsafe { tile_chunks::<V, Single>(f, p, tile, chunks, state) }
+    unsafe {
+        match few::takes(p, tile, 1) {
+            true => few::tile::<V, Single>(f, p, tile, chunks, state),
+            false => tile_chunks::<V, Single>(f, p, tile, chunks, state),
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
 unsafe fn run_pairs(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
     // SAFETY: the caller's contract.
-    unsafe { tile_chunks::<crate::simd::Avx512, Pairs>(f, p, tile, chunks, state) }
+    unsafe {
+        match few::takes(p, tile, 2) {
+            true => few::tile::<crate::simd::Avx512, Pairs>(f, p, tile, chunks, state),
+            false => tile_chunks::<crate::simd::Avx512, Pairs>(f, p, tile, chunks, state),
+        }
+    }
 }
 
 unsafe fn run_tile(cpu: Cpu, f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
     // SAFETY: the caller's contract.
     unsafe {
         #[cfg(target_arch = "x86_64")]
-        if p.pairs(cpu, [&f.q, &f.k, &f.v]) {
+        if p.pairs(cpu, &[&f.k, &f.v]) {
             return run_pairs(f, p, tile, chunks, state);
         }
         run_single(cpu.simd, f, p, tile, chunks, state)
@@ -181,7 +196,7 @@ unsafe fn merge_rows<V: Vector>(p: &Problem, tile: &Tile, state: *mut f32, more:
 
 /// Adds the results of a chunk to those of the chunks before it. A chunk without visible keys changes no bit.
 #[inline(always)]
-unsafe fn merge<V: Vector>(row: usize, state: *mut f32, more: *const f32) {
+pub(super) unsafe fn merge<V: Vector>(row: usize, state: *mut f32, more: *const f32) {
     // SAFETY: both hold `row` floats; the caller has V's instructions.
     unsafe {
         let width = row - UNIT;
@@ -214,9 +229,7 @@ unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
     let width = row - UNIT;
     let dim = p.dim / W::EACH; // words
     let as_type = if W::EACH == 2 { DType::F32 } else { f.k.dtype };
-    let (scale, cap) = (p.scores.scale, p.scores.softcap);
-    // What makes scores of products: inputs of tanh, or scores in base 2.
-    let factor = cap.map_or(scale * std::f32::consts::LOG2_E, |cap| scale / cap);
+    let (factor, cap) = (score_factor(&p.scores), p.scores.softcap);
     let scores_factor = (W::EACH == 2).then_some(factor);
     let mut words = Scratch::of::<f32>(CHUNK * (dim + width + BLOCK) + rows * dim + BLOCK * row);
     let k: *mut f32 = words.ptr();
@@ -305,7 +318,7 @@ unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
 /// # Safety
 /// `cols` are whole units of readable floats; the machine has V's instructions.
 #[inline(always)]
-unsafe fn softmax<V: Vector>(
+pub(super) unsafe fn softmax<V: Vector>(
     s: *mut f32,
     cols: Range<usize>,
     seen: Range<usize>,

@@ -35,7 +35,16 @@ impl Tensor {
     /// The tensor is F32, F16 or BF16; token, head and `to.len()` lie within its checked shape, and nobody
     /// writes there meanwhile.
     pub(super) unsafe fn read(&self, token: usize, head: usize, to: &mut [f32]) {
-        let at = self.at(token, head);
+        // SAFETY: the caller's contract.
+        unsafe { self.read_from(token, head, 0, to) }
+    }
+
+    /// Fills `to` with the elements `[token, head, first ..]` as f32.
+    ///
+    /// # Safety
+    /// As [`Tensor::read`].
+    pub(super) unsafe fn read_from(&self, token: usize, head: usize, first: usize, to: &mut [f32]) {
+        let at = self.at(token, head).wrapping_add(first * self.dtype.block_bytes());
         // SAFETY: the caller's contract; addresses are aligned to their element as slabs are to 64 bytes.
         unsafe {
             match self.dtype {
@@ -114,9 +123,9 @@ impl Problem {
         self.heads / self.kv_heads
     }
 
-    /// Whether products run on pairs of bf16: all inputs are bf16, of even widths, and the machine has the instruction.
+    /// Whether products run on pairs of bf16: `inputs` are bf16, of even widths, and the machine has the instruction.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn pairs(&self, cpu: crate::Cpu, inputs: [&Tensor; 3]) -> bool {
+    pub(super) fn pairs(&self, cpu: crate::Cpu, inputs: &[&Tensor]) -> bool {
         let even = self.dim.is_multiple_of(2) && self.v_dim.is_multiple_of(2);
         cpu.bf16 && even && inputs.iter().all(|t| t.dtype == DType::BF16)
     }

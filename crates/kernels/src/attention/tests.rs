@@ -173,7 +173,9 @@ impl Case {
         let n = rows.len();
         let slots = self.k.len() / (self.kv_heads * self.dim).max(1);
         let q = &self.q[rows.start * self.heads * self.dim..rows.end * self.heads * self.dim];
-        let q_type = if self.dtype == DType::BF16 { DType::BF16 } else { DType::F32 };
+        // Training has all in bf16, an engine only its cache.
+        let packed_bf16 = self.dtype == DType::BF16 && matches!(self.index, Index::Packed { .. });
+        let q_type = if packed_bf16 { DType::BF16 } else { DType::F32 };
         let q = floats(&mut mem, q_type, q, [n, self.heads, self.dim]);
         let k = floats(&mut mem, self.dtype, &self.k, [slots, self.kv_heads, self.dim]);
         let v = floats(&mut mem, self.dtype, &self.v, [slots, self.kv_heads, self.v_dim]);
