@@ -9,6 +9,7 @@ mod bench_train;
 mod completions;
 mod convert;
 mod doctor;
+mod distill;
 mod eval;
 mod expected;
 mod info;
@@ -40,6 +41,7 @@ struct Cli {
 enum Command {
     Run(run::Args),
     Info(info::Args),
+    Distill(distill::Args),
     Eval(eval::Args),
     Quantize(quantize::Args),
     Bench(bench::Args),
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run(args) => run::run(args),
         Command::Info(args) => info::run(args),
+        Command::Distill(args) => distill::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Bench(args) => bench::run(args),

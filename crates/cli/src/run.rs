@@ -5,7 +5,8 @@ use crate::text;
 use anyhow::{Context, bail};
 use serde_json::json;
 use sparsam_engine::{
-    Engine, Error, Finish, Generated, Message, Request, Runner, Sampling, Sequence, generate,
+    DEFAULT_DRAFT_TOKENS, Engine, Error, Finish, Generated, Message, Request, Runner, Sampling, Sequence,
+    Speculation, Speculator, generate,
 };
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
@@ -20,6 +21,7 @@ use std::time::{Instant, SystemTime};
   sparsam run model.gguf 'Why is the sky blue?'            one answer
   sparsam run model.gguf --raw 'Once upon a time' -n 50    continue plain text
   cat article.txt | sparsam run model.gguf --system 'Summarise in one sentence.'
+  sparsam run big.gguf 'Hello' --draft small.gguf          the same answer faster, if the small one guesses well
   sparsam run model.gguf --explain 'Hi' -n 1               what the compiler did")]
 pub struct Args {
     /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
@@ -47,6 +49,12 @@ pub struct Args {
     /// Drop the oldest tokens of a prompt that is longer than the context, and say so
     #[arg(long)]
     truncate: bool,
+    /// A smaller model with the same vocabulary that proposes tokens; the answer stays the model's own, greedy
+    #[arg(long, value_name = "MODEL")]
+    draft: Option<String>,
+    /// Tokens that the draft proposes at a time
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_DRAFT_TOKENS, value_parser = positive)]
+    draft_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -63,9 +71,9 @@ pub struct Args {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Sampling")]
 struct SamplingArgs {
-    /// Divides the logits; 0 takes the likeliest token always
-    #[arg(long, default_value_t = 0.8, value_name = "T")]
-    temperature: f32,
+    /// Divides the logits; 0 takes the likeliest token always (default: 0.8; 0 with --draft)
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
     /// Only the k likeliest tokens (0: all)
     #[arg(long, default_value_t = 40, value_name = "K")]
     top_k: usize,
@@ -84,10 +92,10 @@ struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    fn sampling(&self) -> Sampling {
+    fn sampling(&self, temperature: f32) -> Sampling {
         let clock = || SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64 & 0xffff_ffff);
         Sampling {
-            temperature: self.temperature,
+            temperature: self.temperature.unwrap_or(temperature),
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
@@ -115,12 +123,13 @@ struct Asker {
     engine: Engine,
     runner: Runner,
     sequence: Sequence,
+    speculator: Option<Speculator>,
     request: Request,
     truncate: bool,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let sampling = args.sampling.sampling();
+    let sampling = args.sampling.sampling(if args.draft.is_some() { 0.0 } else { 0.8 });
     sampling.check()?;
     let start = Instant::now();
     let engine = args.load.engine(&args.model, args.ctx)?;
@@ -142,7 +151,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let request = Request { sampling, max_tokens: args.max_tokens, stops: args.stop, ..Request::default() };
     let sequence = runner.sequence();
     let templated = !args.raw && engine.tokenizer()?.chat_template().is_some();
-    let mut asker = Asker { engine, runner, sequence, request, truncate: args.truncate };
+    let speculator = match &args.draft {
+        None => None,
+        Some(name) => {
+            let draft = args.load.engine(name, args.ctx)?;
+            Some(Speculator::new(&engine, &draft, args.draft_tokens)?)
+        }
+    };
+    let mut asker = Asker { engine, runner, sequence, speculator, request, truncate: args.truncate };
     catch_interrupt()?;
 
     let prompt = match args.prompt.as_deref() {
@@ -179,9 +195,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
         asker.engine.encode(&prompt)?
     };
-    let answer = asker.ask(tokens, !args.json)?;
+    let (answer, speculation) = asker.ask(tokens, !args.json)?;
     if args.json {
         return text::say_json(&json!({
+            "draft": speculation.map(|s| json!({
+                "proposed": s.proposed,
+                "accepted": s.accepted,
+                "acceptance": s.acceptance(),
+                "checks": s.checks,
+                "seconds": s.draft_time.as_secs_f64(),
+            })),
             "text": answer.text,
             "tokens": answer.tokens,
             "finish": finish(answer.finish),
@@ -194,13 +217,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }));
     }
     text::say("")?;
-    report(&answer, &asker.request.sampling);
+    report(&answer, speculation, &asker.request.sampling);
     Ok(())
 }
 
 impl Asker {
     /// Answers `prompt`, streaming to stdout if `stream`.
-    fn ask(&mut self, mut prompt: Vec<u32>, stream: bool) -> anyhow::Result<Generated> {
+    fn ask(
+        &mut self,
+        mut prompt: Vec<u32>,
+        stream: bool,
+    ) -> anyhow::Result<(Generated, Option<Speculation>)> {
         let context = self.engine.context();
         if self.truncate && prompt.len() >= context {
             // Half of the context for the answer, or what was asked for.
@@ -225,8 +252,16 @@ impl Asker {
             }
             if STOPPED.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let tokenizer = self.engine.tokenizer()?;
-        let answer = generate(&mut self.runner, &mut self.sequence, tokenizer, &self.request, &mut on_text)?;
+        let answer = match &mut self.speculator {
+            Some(s) => {
+                let (answer, speculation) = s.generate(&self.engine, &self.request, &mut on_text)?;
+                (answer, Some(speculation))
+            }
+            None => {
+                let (tokenizer, request) = (self.engine.tokenizer()?, &self.request);
+                (generate(&mut self.runner, &mut self.sequence, tokenizer, request, &mut on_text)?, None)
+            }
+        };
         match closed {
             Some(e) => Err(e.into()),
             None => Ok(answer),
@@ -244,10 +279,16 @@ fn finish(finish: Finish) -> &'static str {
 }
 
 /// Speeds, and why the answer ended if it did not end by itself; on stderr.
-fn report(a: &Generated, sampling: &Sampling) {
+fn report(a: &Generated, speculation: Option<Speculation>, sampling: &Sampling) {
     let mut line = format!("prompt {} tokens, {:.0}/s", a.prompt_tokens, a.prompt_rate());
     if let Some(rate) = a.generation_rate() {
         line += &format!(" · answer {} tokens, {rate:.0}/s", a.tokens.len());
+    }
+    if let Some(s) = speculation
+        && let Some(acceptance) = s.acceptance()
+    {
+        let (accepted, percent) = (s.accepted, 100.0 * acceptance);
+        line += &format!(" · draft: {accepted} of {} tokens taken ({percent:.0}%)", s.proposed);
     }
     match a.finish {
         Finish::Stop => (),
@@ -293,9 +334,9 @@ fn chat(asker: &mut Asker, system: Option<Message>) -> anyhow::Result<()> {
         let answer =
             asker.engine.encode_dialogue(&dialogue).map_err(Into::into).and_then(|t| asker.ask(t, true));
         match answer {
-            Ok(answer) => {
+            Ok((answer, speculation)) => {
                 println!();
-                report(&answer, &asker.request.sampling);
+                report(&answer, speculation, &asker.request.sampling);
                 // The next answer of the same seed would repeat itself.
                 asker.request.sampling.seed = asker.request.sampling.seed.wrapping_add(1);
                 dialogue.push(Message::new("assistant", answer.text));

@@ -19,7 +19,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("server", &["engine"]),
     ("train", &["engine", "plan"]),
     ("quantize", &["train"]),
-    ("cli", &["server", "quantize"]),
+    ("distill", &["train"]),
+    ("cli", &["server", "quantize", "distill"]),
 ];
 
 fn allowed(of: &str, into: &mut BTreeSet<&'static str>) {

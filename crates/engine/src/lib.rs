@@ -33,6 +33,7 @@ mod perplexity;
 mod runner;
 mod sample;
 mod save;
+mod speculate;
 mod stop;
 
 pub use attention_bench::{AttentionForm, AttentionShape, bench_attention};
@@ -48,3 +49,4 @@ pub use runner::{Feed, Runner, RunnerOptions, Sequence, Want};
 pub use sample::{Sampler, Sampling};
 pub use save::{Plan, Saver, storable};
 pub use sparsam_tokenizer::Message;
+pub use speculate::{DEFAULT_DRAFT_TOKENS, Speculation, Speculator};

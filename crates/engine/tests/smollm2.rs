@@ -2,8 +2,8 @@
 
 use serde::Deserialize;
 use sparsam_engine::{
-    Batcher, Engine, Error, Feed, Finish, Generated, Message, Options, Protocol, Request, Sampling, Want,
-    Windows, generate, perplexity,
+    Batcher, Engine, Error, Feed, Finish, Generated, Message, Options, Protocol, Request, Sampling,
+    Speculator, Want, Windows, generate, perplexity,
 };
 use std::ops::ControlFlow;
 
@@ -270,4 +270,36 @@ fn answers_together_are_those_alone() {
     assert!(batcher.submit(Request::default(), None).is_err());
     let long = Request { prompt: vec![1; 256], ..Request::default() };
     assert!(matches!(batcher.submit(long, None), Err(Error::TooLong { tokens: 256, context: 256, .. })));
+}
+
+#[test]
+fn a_draft_changes_the_speed_but_not_the_text() {
+    let Some(engine) = engine(exact()) else { return };
+    // The same file with rounded activations: nearly always of the same opinion, but not always. Its context ends
+    // within the longest answers: behind it, the model goes on alone.
+    let Some(draft) = self::engine(Options { context: Some(70), ..Options::default() }) else { return };
+    let mut go_on = |_: &str| ControlFlow::Continue(());
+    for (prompt, draft_tokens) in [("The three primary colours are", 1), ("def fibonacci(n):\n", 5)] {
+        let prompt = engine.encode(prompt).unwrap();
+        let request = |max| Request { prompt: prompt.clone(), max_tokens: Some(max), ..Request::default() };
+        let alone = answer(&engine, &request(80));
+        let mut speculator = Speculator::new(&engine, &draft, draft_tokens).unwrap();
+        for max_tokens in [80, 1, 2, 40] {
+            let (together, told) = speculator.generate(&engine, &request(max_tokens), &mut go_on).unwrap();
+            let same = max_tokens.min(alone.tokens.len());
+            assert_eq!(together.tokens, alone.tokens[..same]);
+            assert!(told.checks + told.accepted + 1 >= same, "{told:?}");
+            if max_tokens == 80 {
+                assert_eq!((&together.text, together.finish), (&alone.text, alone.finish));
+            }
+            if max_tokens == 40 && draft_tokens > 1 {
+                assert!(told.acceptance().unwrap() > 0.5 && told.checks < 30, "{told:?}");
+            }
+        }
+    }
+    let warm =
+        Request { sampling: Sampling { temperature: 1.0, ..Sampling::default() }, ..Request::default() };
+    let mut speculator = Speculator::new(&engine, &draft, 4).unwrap();
+    let refused = speculator.generate(&engine, &warm, &mut go_on);
+    assert!(refused.unwrap_err().to_string().contains("must be 0"));
 }
