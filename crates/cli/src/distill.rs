@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 The three steps alone: `sparsam distill ask`, `teach` and `eval`; see their --help."
 )]
+#[group(skip)]
 pub struct Args {
     #[command(subcommand)]
     command: Option<Command>,

@@ -9,21 +9,25 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
-/// Measure a model: perplexity on a text
+/// Measure a model: perplexity on a text, right answers on a task
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   sparsam eval model.gguf --perplexity wiki.txt --chunks 16        as llama.cpp's llama-perplexity
   sparsam eval model.gguf --perplexity wiki.txt --stride 256       sliding windows, as Hugging Face's guide
   sparsam eval model.gguf --perplexity wiki.txt --exact --json
   sparsam eval small.gguf --perplexity wiki.txt --against model.gguf
+  sparsam eval model.gguf --task sums.jsonl --answer-regex '#### (-?[0-9,.]+)'
+  sparsam eval model.gguf --adapter runs/sums/adapter --task sums.jsonl --equation
 
 Perplexities can be compared only if protocol, context and text are the same.")]
 pub struct Args {
     /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
     model: String,
     /// Text whose perplexity is measured
-    #[arg(long, value_name = "FILE", required = true)]
-    perplexity: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "task")]
+    perplexity: Option<PathBuf>,
+    #[command(flatten)]
+    task: crate::task::TaskArgs,
     /// Tokens of a window
     #[arg(long, short = 'c', default_value_t = 512, value_name = "N", value_parser = positive)]
     ctx: usize,
@@ -45,7 +49,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let file = &args.perplexity;
+    let Some(file) = &args.perplexity else {
+        return crate::task::run(&args.task, &args.model, &args.load, args.json);
+    };
     let content = std::fs::read_to_string(file)
         .with_context(|| format!("{}: cannot be read as UTF-8 text; name a text file", file.display()))?;
     let engine = args.load.engine(&args.model, None)?;

@@ -83,8 +83,10 @@ impl Expected {
             what: "train".into(),
             memory: self.memory(),
             seconds,
-            // Token files of four bytes at most, metrics and report.
-            disk_bytes: self.checkpoints * CHECKPOINT_BYTES * self.parameters + 4.0 * self.text_tokens + 4e6,
+            // Token files of four bytes at most; the model, saved twice in f32 at most; metrics and report.
+            disk_bytes: (self.checkpoints * CHECKPOINT_BYTES + 8.0) * self.parameters
+                + 4.0 * self.text_tokens
+                + 4e6,
             joules: seconds.times(machine.watts),
             usd: seconds.times(machine.usd_per_hour / 3600.0),
         })

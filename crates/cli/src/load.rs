@@ -3,6 +3,7 @@
 use crate::model;
 use sparsam_dtype::DType;
 use sparsam_engine::{Engine, Options};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// How to load and run the model.
@@ -18,16 +19,29 @@ pub struct Load {
     /// Run node by node without the compiler, to compare
     #[arg(long)]
     pub eager: bool,
-    /// Element type of the cache: F32, F16, BF16 or Q8_0 (default: F16; F32 with --exact)
+    /// Element type of the cache: F32, F16 or BF16 (default: F16; F32 with --exact)
     #[arg(long, value_name = "TYPE", value_parser = cache_type)]
     pub cache_type: Option<DType>,
+    /// A folder with an adapter in PEFT's layout; may be given more than once. DIR=0.5 weights its term by a half
+    #[arg(long, value_name = "DIR", value_parser = weighted)]
+    pub adapter: Vec<(PathBuf, f64)>,
+}
+
+fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
+    match text.rsplit_once('=') {
+        Some((folder, weight)) if !std::path::Path::new(text).exists() => match weight.parse::<f64>() {
+            Ok(weight) if weight.is_finite() => Ok((folder.into(), weight)),
+            _ => Err(format!("{weight} is no number; DIR or DIR=WEIGHT is wanted")),
+        },
+        _ => Ok((text.into(), 1.0)),
+    }
 }
 
 fn cache_type(name: &str) -> Result<DType, String> {
-    const KNOWN: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
+    const KNOWN: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
     DType::from_name(name)
         .filter(|d| KNOWN.contains(d))
-        .ok_or_else(|| "a cache can be F32, F16, BF16 or Q8_0".into())
+        .ok_or_else(|| "a cache can be F32, F16 or BF16".into())
 }
 
 impl Load {
@@ -42,6 +56,7 @@ impl Load {
             eager: self.eager,
             context,
             cache: self.cache_type,
+            adapters: self.adapter.clone(),
         };
         Ok(Engine::load(&model::resolve(name)?, &options)?)
     }

@@ -8,21 +8,24 @@ mod bench_attention;
 mod bench_train;
 mod completions;
 mod convert;
-mod doctor;
 mod distill;
+mod doctor;
 mod eval;
 mod expected;
+mod finetune;
 mod info;
 mod ledger;
 mod load;
 mod man;
+mod merge;
 mod model;
-mod quantize;
 mod plan;
 mod probe;
+mod quantize;
 mod receipt;
 mod run;
 mod serve;
+mod task;
 mod text;
 mod train;
 
@@ -53,6 +56,8 @@ enum Command {
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
+    Finetune(Box<finetune::Args>),
+    Merge(merge::Args),
 }
 
 fn main() -> ExitCode {
@@ -71,6 +76,8 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),
+        Command::Finetune(args) => finetune::run(*args),
+        Command::Merge(args) => merge::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -304,8 +304,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.explain {
         eprintln!("{}", run.learner().program().report());
     }
-    let stop = stop_flag()?;
-    let mut progress = Progress::new(&run);
     let machine = probe::here(run.settings().threads, run.folder(), run.settings().usd_per_hour);
     let mut ledger = Ledger::new("train", machine, start);
     if let Some(base) = &run.config().model.from {
@@ -314,10 +312,23 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.resume.is_some() {
         ledger.resume();
     }
-    let mut expected = Expected::new(&mut run);
+    let expected = Expected::new(&mut run);
+    go(&mut run, ledger, Some(expected), args.json)
+}
+
+/// Trains to the end or to Ctrl-C, with progress, and says how it ended; `expected` makes a forecast from the first
+/// steps, which the receipt compares with what it took.
+pub(crate) fn go(
+    run: &mut Run,
+    mut ledger: Ledger,
+    mut expected: Option<Expected>,
+    json: bool,
+) -> anyhow::Result<()> {
+    let stop = stop_flag()?;
+    let mut progress = Progress::new(run);
     let finished = run.go(&stop, &mut |event| {
         if let Event::Step(record) = &event
-            && let Some(forecast) = expected.after(record, &ledger)
+            && let Some(forecast) = expected.as_mut().and_then(|e| e.after(record, &ledger))
         {
             progress.say(&expected::line(&forecast));
             ledger.expect(forecast);
@@ -330,7 +341,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let folder = run.folder().to_path_buf();
     let comparison = ledger.finish(&folder, Some(p.targets as f64))?;
     let speed = if p.seconds > 0.0 { p.targets as f64 / p.seconds } else { 0.0 };
-    if args.json {
+    if json {
         return text::say_json(&json!({
             "run": folder,
             "complete": finished.complete,

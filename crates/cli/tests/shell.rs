@@ -35,7 +35,7 @@ fn manual_pages_are_printed_and_written() {
     let (good, page, _) = sparsam(&["man", "plan", "train"]);
     assert!(good && page.contains(".TH sparsam-plan-train 1"), "{page}");
     assert!(page.contains("gpu\\-hours") && page.contains("Besiroglu"), "{page}");
-    let (good, _, message) = sparsam(&["man", "plan", "trane"]);
+    let (good, _, message) = sparsam(&["man", "plan", "tran"]);
     assert!(!good && message.contains("did you mean `train`?"), "{message}");
     let folder = tempfile::tempdir().unwrap();
     let (good, said, message) = sparsam(&["man", "--out", folder.path().to_str().unwrap()]);

@@ -5,7 +5,7 @@
 //! places; the runtime binds places to memory and runs the steps in order.
 //!
 //! Start at [`compile`], whose pipeline reads from top to bottom in `passes/mod.rs`; then [`Program`], what comes
-//! out. `lower.rs` is the plain meaning (eager), [`reference`] runs a program slowly, for tests.
+//! out. `lower.rs` is the plain meaning (eager), [`mod@reference`] runs a program slowly, for tests.
 //!
 //! ```
 //! use sparsam_compiler::{Options, compile};

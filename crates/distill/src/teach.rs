@@ -118,7 +118,7 @@ fn texts(
         let learnt_from = tokens.len();
         tokens.extend(encode(&student::target(&lesson.label, &lesson.rationale, task), false)?);
         tokens.extend(tokenizer.eos());
-        Ok(Text { tokens, learnt_from, task })
+        Ok::<Text, Error>(Text { tokens, learnt_from, task })
     };
     match variant {
         Variant::LabelOnly => Ok(vec![text(Task::Label)?]),
@@ -327,7 +327,8 @@ fn load(
     }
     let mut session = Session::new(device, Arc::new(constants));
     let batch = Batch::packed(n_tokens);
-    let graph = step::update(|t| loss(t, &model, &batch), optimiser).map_err(sparsam_train::Error::from)?;
+    let graph = step::update(step::training(), |t| loss(t, &model, &batch), optimiser)
+        .map_err(sparsam_train::Error::from)?;
     let update = session.load(&graph, &Options::default())?;
     for spec in model.weights(&opened.source).map_err(sparsam_train::Error::from)? {
         let tensor = opened.source.require(&spec.source_name).map_err(sparsam_train::Error::from)?;

@@ -4,7 +4,7 @@
 //! (held to it by golden files, `scripts/goldens/formats_codec.py`). [`encode`] rounds to the nearest code. This is
 //! the plain meaning, block by block and scalar; fast kernels are held to it elsewhere.
 //!
-//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`], this project's own of 64 in [`mod@own`]; [`blocks`] takes them apart into scales and
+//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`], this project's own of 64 in [`mod@own`]; [`blocks()`] takes them apart into scales and
 //! codes, for who chooses the codes himself. All multi-byte fields are little endian.
 
 use crate::{DType, bf16, f16};

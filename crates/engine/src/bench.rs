@@ -170,7 +170,7 @@ pub fn bench(engine: &Engine, work: Work, repeat: usize) -> Result<Timing, Error
 /// The time of `work` by kind of kernel.
 ///
 /// # Errors
-/// As [`bench`].
+/// As [`bench()`].
 pub fn profile(engine: &Engine, work: Work) -> Result<Profile, Error> {
     work.texts(engine)?.profile(|texts| work.run(engine, texts))
 }

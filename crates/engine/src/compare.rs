@@ -26,7 +26,7 @@ pub struct Comparison {
 /// then gives what it has.
 ///
 /// # Errors
-/// As [`crate::perplexity`], and if the vocabularies differ in size.
+/// As [`crate::perplexity()`], and if the vocabularies differ in size.
 pub fn compare(
     engine: &Engine,
     reference: &Engine,

@@ -1,14 +1,14 @@
 //! A loaded model: weights in memory, packed, on a device.
 
 use crate::runner::RunnerOptions;
-use crate::{Error, Opened, Runner, open};
+use crate::{Error, Opened, Runner, adapter, open};
 use serde::Serialize;
 use sparsam_dtype::DType;
 use sparsam_ir::Precision;
 use sparsam_models::Model;
 use sparsam_runtime::{Device, Weights};
 use sparsam_tokenizer::{Message, RenderOptions, Specials, Tokenizer};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The context that is taken if none is asked for: the model's own, but at most this.
@@ -27,6 +27,8 @@ pub struct Options {
     pub context: Option<usize>,
     /// Element type of the cache; `None`: F16, or F32 where `exact`.
     pub cache: Option<DType>,
+    /// Folders of adapters in PEFT's layout, each with the weight of its term.
+    pub adapters: Vec<(PathBuf, f64)>,
 }
 
 /// A model ready to run. Runners share its weights.
@@ -41,7 +43,7 @@ impl Engine {
     /// Opens the model at `path` and packs its weights.
     ///
     /// # Errors
-    /// As [`open`] and [`Opened::weights`]; if the machine lacks the instructions that `SPARSAM_SIMD` asks for, or the
+    /// As [`open()`] and [`Opened::weights`]; if the machine lacks the instructions that `SPARSAM_SIMD` asks for, or the
     /// context is beyond what the model was made for.
     pub fn load(path: &Path, options: &Options) -> Result<Engine, Error> {
         Engine::from_opened(open(path)?, options)
@@ -51,7 +53,7 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::load`].
-    pub fn from_opened(opened: Opened, options: &Options) -> Result<Engine, Error> {
+    pub fn from_opened(mut opened: Opened, options: &Options) -> Result<Engine, Error> {
         let device = Device::cpu(options.threads)?;
         let made_for = opened.model.facts().context_length;
         if let Some(context) = options.context.filter(|&c| c > made_for || c == 0) {
@@ -60,7 +62,15 @@ impl Engine {
             );
             return Err(Error::Context { what });
         }
-        let weights = Arc::new(opened.weights()?);
+        let mut weights = opened.weights()?;
+        if !options.adapters.is_empty() {
+            let (model, adapters) = adapter::attach(opened.model, &options.adapters)?;
+            opened.model = model;
+            for (name, shape, values) in adapters {
+                weights.insert_f32(&name, &shape, &values)?;
+            }
+        }
+        let weights = Arc::new(weights);
         Ok(Engine { opened, weights, device, options: options.clone() })
     }
 

@@ -13,6 +13,9 @@ pub enum Error {
     /// The configuration or the weights do not make a model.
     #[error(transparent)]
     Model(#[from] sparsam_models::Error),
+    /// An adapter cannot be read, written or used with this model.
+    #[error("{}: {what}", file.display())]
+    Adapter { file: PathBuf, what: String },
     /// The vocabulary or the chat template cannot be used.
     #[error("{}: {source}", file.display())]
     Tokenizer { file: PathBuf, source: sparsam_tokenizer::Error },

@@ -1,7 +1,7 @@
 //! From a file to text: loading, KV cache, sampling, generation and evaluation.
 //!
-//! [`open`] looks at a model; [`Engine::load`] packs its weights; [`Engine::runner`] gives a cache and the compiled
-//! steps; [`generate`] continues a text; [`perplexity`] scores one. The same steps serve one prompt, a chat, and many
+//! [`open()`] looks at a model; [`Engine::load`] packs its weights; [`Engine::runner`] gives a cache and the compiled
+//! steps; [`generate()`] continues a text; [`perplexity()`] scores one. The same steps serve one prompt, a chat, and many
 //! sequences at once.
 //!
 //! ```no_run
@@ -21,6 +21,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod attention_bench;
 mod batch;
 mod bench;
@@ -28,6 +29,7 @@ mod compare;
 mod engine;
 mod error;
 mod generate;
+mod merge;
 mod open;
 mod perplexity;
 mod runner;
@@ -35,7 +37,9 @@ mod sample;
 mod save;
 mod speculate;
 mod stop;
+mod task;
 
+pub use adapter::{PeftConfig, TrainedAdapter};
 pub use attention_bench::{AttentionForm, AttentionShape, bench_attention};
 pub use batch::{Batcher, JobId, Logprob, Output};
 pub use bench::{Roofs, Timing, Work, bench, profile, roofs};
@@ -43,6 +47,7 @@ pub use compare::{Comparison, compare};
 pub use engine::{DEFAULT_CONTEXT, Engine, Options};
 pub use error::Error;
 pub use generate::{Finish, Generated, Request, generate};
+pub use merge::{Divergence, Merged, divergence, merge};
 pub use open::{Opened, open};
 pub use perplexity::{Perplexity, Protocol, Windows, negative_log_likelihood, perplexity};
 pub use runner::{Feed, Runner, RunnerOptions, Sequence, Want};
@@ -50,3 +55,4 @@ pub use sample::{Sampler, Sampling};
 pub use save::{Plan, Saver, storable};
 pub use sparsam_tokenizer::Message;
 pub use speculate::{DEFAULT_DRAFT_TOKENS, Speculation, Speculator};
+pub use task::{Answered, Question, ask, equation, same};

@@ -1,8 +1,9 @@
 //! A model on disk: what it is, before its weights are read.
 
 use crate::Error;
+use sparsam_dtype::DType;
 use sparsam_formats::{Source, gguf};
-use sparsam_models::{Config, Model};
+use sparsam_models::{Config, Model, WeightSpec};
 use sparsam_runtime::Weights;
 use sparsam_tokenizer::{GgufVocab, Tokenizer};
 use std::path::Path;
@@ -58,11 +59,31 @@ impl Opened {
     /// # Errors
     /// If a tensor is missing, misshapen or cannot be transformed.
     pub fn weights(&self) -> Result<Weights, Error> {
+        self.weights_in(|_, stored| stored)
+    }
+
+    /// As [`Opened::weights`], each in the type that `wanted` gives for its name, shape and stored type: decoded, and
+    /// rounded to the nearest.
+    ///
+    /// # Errors
+    /// As [`Opened::weights`], or if a type cannot hold a shape.
+    pub fn weights_in(&self, wanted: impl Fn(&WeightSpec, DType) -> DType) -> Result<Weights, Error> {
         let mut weights = Weights::new();
         for spec in self.model.weights(&self.source)? {
             let tensor = self.source.require(&spec.source_name)?;
             let turned = spec.transform.apply(tensor.bytes, tensor.info.dtype, &tensor.info.shape)?;
-            weights.insert(&spec.name, &spec.shape, turned.dtype, &turned.bytes)?;
+            match wanted(&spec, turned.dtype) {
+                same if same == turned.dtype => {
+                    weights.insert(&spec.name, &spec.shape, turned.dtype, &turned.bytes)?;
+                }
+                other => {
+                    let refuse =
+                        |what: String| Error::Context { what: format!("{} as {other}: {what}", spec.name) };
+                    let bytes = crate::save::rounded(turned.dtype, other, &turned.bytes, &spec.shape)
+                        .map_err(refuse)?;
+                    weights.insert(&spec.name, &spec.shape, other, &bytes)?;
+                }
+            }
             drop(turned);
             self.source.release(&spec.source_name);
         }

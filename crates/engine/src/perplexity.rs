@@ -183,7 +183,7 @@ pub(crate) struct Scorer<'a> {
 
 impl<'a> Scorer<'a> {
     /// # Errors
-    /// As [`perplexity`].
+    /// As [`perplexity()`].
     pub fn new(engine: &'a Engine, tokens: &'a [u32], protocol: &Protocol) -> Result<Scorer<'a>, Error> {
         let windows = protocol.windows(tokens.len())?;
         let made_for = engine.model().facts().context_length;

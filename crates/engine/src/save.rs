@@ -182,7 +182,7 @@ impl Saver {
 }
 
 /// The numbers in another type; an error says what has no place there.
-fn rounded(from: DType, to: DType, bytes: &[u8], shape: &[usize]) -> Result<Vec<u8>, String> {
+pub(crate) fn rounded(from: DType, to: DType, bytes: &[u8], shape: &[usize]) -> Result<Vec<u8>, String> {
     let n: usize = shape.iter().product();
     let mut x = vec![0f32; n];
     codec::decode(from, bytes, &mut x).map_err(|e| e.to_string())?;

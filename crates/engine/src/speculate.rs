@@ -65,11 +65,11 @@ impl Speculator {
         })
     }
 
-    /// Continues `request.prompt` as [`crate::generate`] does with the large model alone, faster where the draft guesses
+    /// Continues `request.prompt` as [`crate::generate()`] does with the large model alone, faster where the draft guesses
     /// well.
     ///
     /// # Errors
-    /// As [`crate::generate`]; if the request is not greedy.
+    /// As [`crate::generate()`]; if the request is not greedy.
     pub fn generate(
         &mut self,
         engine: &Engine,

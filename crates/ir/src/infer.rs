@@ -269,7 +269,7 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
 
 fn matmul(inputs: &[(&[usize], DType)], trans_a: bool, trans_b: bool) -> Result<(Vec<usize>, DType), String> {
     let ((a, da), (b, db)) = (inputs[0], inputs[1]);
-    if !da.is_float() || !(db.is_float() || (db.is_block() && trans_b && b.len() == 2)) {
+    if !da.is_float() || !(db.is_float() || (db.is_block() && b.len() == 2)) {
         return Err(format!("{da} by {db} (transposed: {trans_b})"));
     }
     if a.len() < 2 || a.len() != b.len() || a[..a.len() - 2] != b[..b.len() - 2] {

@@ -4,7 +4,7 @@
 //! index ids. This crate is pure: it knows no file, clock, thread or device. It does not run anything fast; the
 //! slow [`interpret`] module *defines* what each operation means, and everything faster is held to it.
 //!
-//! Start at [`Op`] (what can be said), [`Tensor`] (how models say it), then [`verify`] and [`interpret`].
+//! Start at [`Op`] (what can be said), [`Tensor`] (how models say it), then [`verify()`] and [`interpret`].
 //!
 //! ```
 //! use sparsam_ir::{DType, Trace};

@@ -161,7 +161,7 @@ impl CrossEntropyPart {
     }
 }
 
-/// One operation. Shapes and types of results: [`crate::infer`]; meaning: [`crate::interpret`].
+/// One operation. Shapes and types of results: [`crate::infer()`]; meaning: [`crate::interpret`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // fields are named as in the text of each variant
 pub enum Op {
@@ -210,7 +210,8 @@ pub enum Op {
 
     // -- 5. products -------------------------------------------------------------------------------------------
     /// (.., M, K) by (.., K, N), each transposed first where said; leading axes equal. F32 result. A weight stored
-    /// in a block format may stand on the right with `trans_b` (N rows of K).
+    /// in a block format may stand on the right: with `trans_b` as a layer has it (N rows of K), without as the gradient
+    /// towards the layer's input has it.
     Matmul { trans_a: bool, trans_b: bool, precision: Precision },
     /// Inputs: table (V, ..), rows I32 (N): result (N, ..) as F32, whatever the table is stored in (I32 stays I32).
     Gather,

@@ -1,4 +1,4 @@
-//! Optimisers, composed from primitive ops behind [`crate::grad`].
+//! Optimisers, composed from primitive ops behind [`crate::grad()`].
 
 use crate::trace::Tensor;
 use sparsam_dtype::DType;

@@ -251,7 +251,7 @@ pub fn matmul(
 /// [`Precision::Int8`] means f32 here.
 ///
 /// # Errors
-/// As [`matmul`].
+/// As [`matmul()`].
 pub fn matmul_t(
     ctx: &Context,
     mem: &mut Memory,
@@ -278,7 +278,7 @@ pub fn matmul_t(
 /// Decodes row `rows[i]` of `w` into row `i` of `out` (R, K) f32; `rows` is (R) I32: the lookup of embeddings.
 ///
 /// # Errors
-/// [`Error::Shape`] for shapes that do not fit and for a row that `w` does not have; views as [`matmul`].
+/// [`Error::Shape`] for shapes that do not fit and for a row that `w` does not have; views as [`matmul()`].
 pub fn gather(ctx: &Context, mem: &mut Memory, out: &View, rows: &View, w: &Weight) -> Result<(), Error> {
     let ([po], [pr]) = mem.resolve([out], [rows], false)?;
     check_out(out)?;

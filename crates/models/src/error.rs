@@ -34,6 +34,11 @@ pub enum Error {
     /// A format has no place for something that changes the computation.
     #[error("{format} cannot hold this model: {key} {problem}; choose another format")]
     Unrepresentable { format: &'static str, key: String, problem: String },
+    /// An adapter of a layer that the model does not have.
+    #[error(
+        "the adapter has weights for {module}, which this {architecture} does not have; it belongs to another model"
+    )]
+    Adapter { module: String, architecture: &'static str },
     /// The file itself.
     #[error(transparent)]
     Formats(#[from] sparsam_formats::Error),

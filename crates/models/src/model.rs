@@ -1,5 +1,6 @@
 //! A model: its configuration, what tracing it gives, and the weights that it wants from its files.
 
+use crate::adapter::Adapter;
 use crate::config::{Fields, Heads};
 use crate::names::{self, Rule};
 use crate::nn::Batch;
@@ -7,7 +8,9 @@ use crate::rope::Rope;
 use crate::{Error, gemma3, gpt2, llama, qwen2, qwen3};
 use sparsam_formats::{Kind, Source, Transform};
 use sparsam_ir::{DType, Graph, Op, Tensor, Trace};
+use std::borrow::Cow;
 use std::collections::HashSet;
+use std::sync::Arc;
 
 /// What a model file implements. A configuration *is* the model: weights are bound by name when a graph runs.
 pub trait Architecture {
@@ -167,12 +170,85 @@ pub struct Constant {
 #[derive(Clone, Debug)]
 pub struct Model {
     config: Config,
+    adapters: Arc<[Adapter]>,
+}
+
+/// A linear layer that adapters may be added to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearLayer {
+    /// The name of its module: its weight is `{module}.weight`, (n_out, n_in).
+    pub module: String,
+    /// Channels of its input.
+    pub n_in: usize,
+    /// Channels of its output.
+    pub n_out: usize,
 }
 
 impl Model {
     /// The model of this configuration.
     pub fn new(config: Config) -> Model {
-        Model { config }
+        Model { config, adapters: Arc::default() }
+    }
+
+    /// The same model with these adapters and no others: their weights are asked for beside its own.
+    ///
+    /// # Errors
+    /// If it has no linear layer of a name that an adapter has.
+    pub fn with_adapters(self, adapters: Vec<Adapter>) -> Result<Model, Error> {
+        let layers = self.linear_layers()?;
+        let foreign =
+            |a: &Adapter| a.modules().keys().find(|m| layers.iter().all(|l| l.module != **m)).cloned();
+        if let Some(module) = adapters.iter().find_map(foreign) {
+            return Err(Error::Adapter { module, architecture: self.facts().architecture });
+        }
+        Ok(Model { adapters: adapters.into(), ..self })
+    }
+
+    /// Its adapters.
+    pub fn adapters(&self) -> &[Adapter] {
+        &self.adapters
+    }
+
+    /// The linear layers of all blocks, in order; the head is none of them.
+    ///
+    /// # Errors
+    /// If the configuration's shapes do not fit together.
+    pub fn linear_layers(&self) -> Result<Vec<LinearLayer>, Error> {
+        let graph = self.sketch()?;
+        let layer = |node: &sparsam_ir::Node| match (&node.op, node.inputs.get(1).map(|w| graph.node(*w))) {
+            (Op::Matmul { .. }, Some(w)) => match &w.op {
+                Op::Weight { name, shape, .. } => Some(LinearLayer {
+                    module: name.strip_suffix(".weight")?.to_string(),
+                    n_in: shape[1],
+                    n_out: shape[0],
+                }),
+                _ => None,
+            },
+            _ => None,
+        };
+        let mut layers: Vec<LinearLayer> = graph.nodes.iter().filter_map(layer).collect();
+        layers.pop(); // the head comes last
+        Ok(layers)
+    }
+
+    /// The weights of its adapters, in the order in which the model uses them.
+    ///
+    /// # Errors
+    /// If the configuration's shapes do not fit together.
+    pub fn adapter_parameters(&self) -> Result<Vec<Parameter>, Error> {
+        let of = |l: &LinearLayer| {
+            let pairs = self.adapters.iter().filter_map(|a| a.parameters(&l.module, l.n_in, l.n_out));
+            pairs.flatten().collect::<Vec<_>>()
+        };
+        Ok(self.linear_layers()?.iter().flat_map(of).collect())
+    }
+
+    /// `batch` with the model's adapters.
+    fn adapted<'a>(&self, batch: &'a Batch) -> Cow<'a, Batch> {
+        match self.adapters.is_empty() {
+            true => Cow::Borrowed(batch),
+            false => Cow::Owned(Batch { adapters: self.adapters.clone(), ..batch.clone() }),
+        }
     }
 
     /// Its configuration.
@@ -196,17 +272,17 @@ impl Model {
 
     /// Tokens to activations (N, hidden_size).
     pub fn embed(&self, t: &Trace, batch: &Batch) -> Tensor {
-        self.config.architecture().embed(t, batch)
+        self.config.architecture().embed(t, &self.adapted(batch))
     }
 
     /// Layer `layer`: activations (N, hidden_size) to the same.
     pub fn block(&self, batch: &Batch, layer: usize, x: &Tensor) -> Tensor {
-        self.config.architecture().block(batch, layer, x)
+        self.config.architecture().block(&self.adapted(batch), layer, x)
     }
 
     /// Activations after the last layer to logits (R, vocab_size).
     pub fn head(&self, batch: &Batch, x: &Tensor) -> Tensor {
-        self.config.architecture().head(batch, x)
+        self.config.architecture().head(&self.adapted(batch), x)
     }
 
     /// The map of weight names.
@@ -224,7 +300,7 @@ impl Model {
         self.config.architecture().ropes().iter().map(constant).collect()
     }
 
-    /// All parameters in the order in which the model uses them: what the trace asks for, so never out of step with it.
+    /// All parameters in the order in which the model uses them, those of adapters left out: what the trace asks for, so never out of step with it.
     ///
     /// # Errors
     /// If the configuration's shapes do not fit together.
@@ -256,10 +332,10 @@ impl Model {
         Ok(2.0 * weights + self.facts().attention_flops_per_token(context))
     }
 
-    /// The whole model for one token.
+    /// The whole model for one token, without adapters.
     fn sketch(&self) -> Result<Graph, Error> {
         let t = Trace::new();
-        let logits = self.trace(&t, &Batch::packed(1));
+        let logits = Model::new(self.config.clone()).trace(&t, &Batch::packed(1));
         Ok(t.finish(&[("logits", &logits)])?)
     }
 

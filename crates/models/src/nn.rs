@@ -4,7 +4,9 @@
 //! where its keys lie and which rows want logits is said by a [`Batch`]; model files pass it on and never look inside.
 //! Every layer keeps the full name of its weight, Hugging Face's.
 
+use crate::adapter::Adapter;
 use sparsam_ir::{AttentionScores, DType, Precision, Tensor, Trace};
+use std::sync::Arc;
 
 /// What a traced step is fed with: static sizes, and how attention finds its keys.
 ///
@@ -16,7 +18,7 @@ use sparsam_ir::{AttentionScores, DType, Precision, Tensor, Trace};
 /// let train = Batch::packed(512);
 /// assert_eq!((train.n_tokens, train.n_logits()), (512, 512));
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// N: rows of the flat token axis, padding included.
     pub n_tokens: usize,
@@ -26,6 +28,8 @@ pub struct Batch {
     pub n_logit_rows: Option<usize>,
     /// How products with weights read their activations.
     pub precision: Precision,
+    /// Terms that are added to linear layers. A model brings its own, see [`crate::Model::with_adapters`].
+    pub adapters: Arc<[Adapter]>,
 }
 
 /// Where the keys of a row are; see [`sparsam_ir::AttentionLayout`] for the inputs' meaning.
@@ -56,12 +60,16 @@ pub struct Cache {
 impl Batch {
     /// `n_tokens` rows of packed sequences, logits for all, exact products.
     pub fn packed(n_tokens: usize) -> Batch {
-        Batch { n_tokens, keys: Keys::Packed, n_logit_rows: None, precision: Precision::F32 }
+        Batch::new(n_tokens, Keys::Packed)
     }
 
     /// `n_tokens` rows whose keys go to `cache`, logits for all, exact products.
     pub fn paged(n_tokens: usize, cache: Cache) -> Batch {
-        Batch { n_tokens, keys: Keys::Paged(cache), n_logit_rows: None, precision: Precision::F32 }
+        Batch::new(n_tokens, Keys::Paged(cache))
+    }
+
+    fn new(n_tokens: usize, keys: Keys) -> Batch {
+        Batch { n_tokens, keys, n_logit_rows: None, precision: Precision::F32, adapters: Arc::default() }
     }
 
     /// Logits for `n` rows only, named by the input `logit_rows`.
@@ -159,10 +167,13 @@ impl Linear {
     pub fn forward(&self, batch: &Batch, x: &Tensor) -> Tensor {
         let w = x.trace().weight(&self.weight, &[self.n_out, self.n_in]);
         let y = x.matmul_with(&w, false, true, batch.precision);
-        match &self.bias {
+        let y = match &self.bias {
             None => y,
             Some(bias) => y + vector(x.trace(), bias, self.n_out),
-        }
+        };
+        let module = self.weight.strip_suffix(".weight").unwrap_or(&self.weight);
+        let terms = batch.adapters.iter().filter_map(|a| a.term(batch, module, x, self.n_out));
+        terms.fold(y, |y, term| y + term)
     }
 }
 

@@ -133,7 +133,7 @@ fn teacher_and_student_of_distilling_step_by_step() {
 fn shapes_by_the_rule_have_the_size_asked_for() {
     for parameters in [3e4, 1e5, 1e6, 1e7, 4.9e7, 1.25e8, 1e9, 7e9, 65e9, 175e9, 1e12] {
         let shape = Shape::for_parameters(parameters).unwrap();
-        near(shape.parameters().total(), parameters, if parameters < 1e5 { 0.15 } else { 0.05 });
+        near(shape.parameters().total(), parameters, if parameters < 1e5 { 0.2 } else { 0.05 });
         assert_eq!(shape.n_heads * shape.head_dim, shape.hidden_size, "{shape:?}");
         assert_eq!(shape.n_heads % shape.n_kv_heads, 0);
     }

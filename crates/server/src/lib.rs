@@ -1,8 +1,8 @@
 //! An OpenAI-compatible HTTP server: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, `/tokenize`,
 //! `/detokenize`, `/health`, `/metrics`, and a page to chat at `/`.
 //!
-//! One thread owns the model and answers all requests together ([`worker`]); HTTP runs beside it on a small runtime
-//! ([`routes`]). A client that goes away takes its request with it. Start reading at [`serve`].
+//! One thread owns the model and answers all requests together (`worker.rs`); HTTP runs beside it on a small runtime
+//! (`routes.rs`). A client that goes away takes its request with it. Start reading at [`serve`].
 #![forbid(unsafe_code)]
 
 mod answer;

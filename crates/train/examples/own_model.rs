@@ -72,7 +72,7 @@ fn train(session: &mut Session, step: &Step, n_steps: u64) -> Result<Trained, sp
 
 /// Trains node by node, then compiled, on `threads` (0: all cores).
 pub fn run(n_steps: u64, threads: usize) -> Result<[Trained; 2], Box<dyn std::error::Error>> {
-    let graph = step::update(loss, &Optimiser::default())?;
+    let graph = step::update(step::training(), loss, &Optimiser::default())?;
     let mut session = Session::new(&Device::cpu(threads)?, Arc::new(Weights::new()));
 
     let eager = session.eager(&graph)?;

@@ -32,6 +32,10 @@ pub struct Progress {
     pub lowest: f64,
     /// The loss on the held-back part when it was last evaluated.
     pub held_back: Option<f64>,
+    /// The lowest that it has been.
+    pub best: Option<f64>,
+    /// Evaluations since then.
+    pub stale: u64,
 }
 
 /// [`Progress`] in a file: decimal digits would not keep every bit of a number.
@@ -45,6 +49,10 @@ struct Stored {
     smoothed: u64,
     lowest: u64,
     held_back: Option<u64>,
+    #[serde(default)]
+    best: Option<u64>,
+    #[serde(default)]
+    stale: u64,
 }
 
 impl From<&Progress> for Stored {
@@ -57,6 +65,8 @@ impl From<&Progress> for Stored {
             smoothed: p.smoothed.to_bits(),
             lowest: p.lowest.to_bits(),
             held_back: p.held_back.map(f64::to_bits),
+            best: p.best.map(f64::to_bits),
+            stale: p.stale,
         }
     }
 }
@@ -71,6 +81,8 @@ impl From<Stored> for Progress {
             smoothed: f64::from_bits(s.smoothed),
             lowest: f64::from_bits(s.lowest),
             held_back: s.held_back.map(f64::from_bits),
+            best: s.best.map(f64::from_bits),
+            stale: s.stale,
         }
     }
 }

@@ -4,6 +4,7 @@
 //! as a file, it makes the same run. Unknown keys are errors that name the nearest known one.
 
 use crate::Error;
+use crate::lora::FinetuneConfig;
 use crate::optim::Optimiser;
 use crate::schedule::{Form, Schedule};
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,9 @@ pub struct Config {
     pub optimiser: OptimiserConfig,
     /// How long, how large, with what checks.
     pub run: RunConfig,
+    /// How a model that there is (`model.from`) is adapted, if this is not training on plain text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finetune: Option<FinetuneConfig>,
     /// What made this file; read and ignored.
     pub receipt: Option<Receipt>,
 }
@@ -229,6 +233,8 @@ pub struct Settings {
     pub eager: bool,
     pub threads: usize,
     pub usd_per_hour: Option<f64>,
+    /// Evaluations without a lower loss after which the run ends; 0: it does not.
+    pub patience: u64,
 }
 
 impl Settings {
@@ -382,6 +388,10 @@ impl Config {
             eager: *r.eager.get_or_insert(false),
             threads: *r.threads.get_or_insert(0),
             usd_per_hour,
+            patience: match &mut self.finetune {
+                Some(f) => *f.patience.get_or_insert(0),
+                None => 0,
+            },
         })
     }
 }

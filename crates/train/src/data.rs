@@ -34,6 +34,11 @@ impl PackedRows {
         self.targets.iter().filter(|&&t| t != NO_TARGET).count()
     }
 
+    /// Number of tokens, padding left out.
+    pub fn n_tokens(&self) -> usize {
+        self.row_start.iter().zip(0..).filter(|(start, i)| *start <= i).count()
+    }
+
     /// Adds a row: `window` holds its tokens and the one behind them; documents end with `end`.
     pub fn push(&mut self, window: &[u32], end: Option<u32>) {
         let base = self.tokens.len();
@@ -49,6 +54,21 @@ impl PackedRows {
             }
         }
     }
+}
+
+/// Where the rows of a run come from.
+pub trait Batches {
+    /// Rows `first .. first + n` of the run, packed: always the same ones for the same numbers.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if a token is outside of the vocabulary.
+    fn batch(&mut self, first: u64, n: usize) -> Result<PackedRows, Error>;
+
+    /// Rows `first .. first + n` in their own order, for evaluation: fewer where they end.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if a token is outside of the vocabulary.
+    fn in_order(&self, first: usize, n: usize) -> Result<PackedRows, Error>;
 }
 
 /// Rows of `ctx` tokens in a random order that only depends on the seed.
@@ -100,33 +120,6 @@ impl Rows {
         &self.corpus
     }
 
-    /// Rows `first .. first + n` of the run, packed.
-    ///
-    /// # Errors
-    /// [`Error::Data`] if a token is outside of the vocabulary.
-    pub fn batch(&mut self, first: u64, n: usize) -> Result<PackedRows, Error> {
-        let mut batch = PackedRows::default();
-        for k in first..first + n as u64 {
-            let at = self.place(k);
-            self.push(&mut batch, at)?;
-        }
-        Ok(batch)
-    }
-
-    /// Rows `first .. first + n` in the order of the text, for evaluation: fewer where it ends.
-    ///
-    /// # Errors
-    /// [`Error::Data`] if a token is outside of the vocabulary.
-    pub fn in_order(&self, first: usize, n: usize) -> Result<PackedRows, Error> {
-        let mut batch = PackedRows::default();
-        for k in first..first + n {
-            if (k + 1) * self.ctx < self.corpus.len() {
-                self.push(&mut batch, k * self.ctx)?;
-            }
-        }
-        Ok(batch)
-    }
-
     fn push(&self, batch: &mut PackedRows, at: usize) -> Result<(), Error> {
         let window = self.corpus.window(at, self.ctx + 1);
         if let Some(i) = window.iter().position(|&t| t as usize >= self.vocab_size) {
@@ -155,6 +148,27 @@ impl Rows {
         let room = if self.corpus.len() < 2 * self.ctx { self.corpus.len() - self.ctx } else { self.ctx };
         let shift = Random::new(self.seed, "shift", epoch).below(room as u64) as usize;
         shift + order[i as usize] as usize * self.ctx
+    }
+}
+
+impl Batches for Rows {
+    fn batch(&mut self, first: u64, n: usize) -> Result<PackedRows, Error> {
+        let mut batch = PackedRows::default();
+        for k in first..first + n as u64 {
+            let at = self.place(k);
+            self.push(&mut batch, at)?;
+        }
+        Ok(batch)
+    }
+
+    fn in_order(&self, first: usize, n: usize) -> Result<PackedRows, Error> {
+        let mut batch = PackedRows::default();
+        for k in first..first + n {
+            if (k + 1) * self.ctx < self.corpus.len() {
+                self.push(&mut batch, k * self.ctx)?;
+            }
+        }
+        Ok(batch)
     }
 }
 

@@ -25,6 +25,9 @@ pub enum Error {
     /// Planning arithmetic: a size that no shape has.
     #[error(transparent)]
     Plan(#[from] sparsam_plan::Error),
+    /// A model that is opened or written, or its adapters.
+    #[error(transparent)]
+    Engine(#[from] sparsam_engine::Error),
     /// A model file.
     #[error(transparent)]
     Formats(#[from] sparsam_formats::Error),
@@ -37,9 +40,6 @@ pub enum Error {
     /// A model whose shapes do not fit together.
     #[error("tracing the training step: {0}")]
     Trace(#[from] sparsam_ir::TraceError),
-    /// A model that cannot be opened or saved.
-    #[error(transparent)]
-    Engine(#[from] sparsam_engine::Error),
     /// A step that does not compile or run.
     #[error(transparent)]
     Runtime(#[from] sparsam_runtime::Error),

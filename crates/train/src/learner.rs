@@ -9,10 +9,12 @@ use sparsam_dtype::codec;
 use sparsam_engine::{Plan, Saver};
 use sparsam_formats::{Kind, Source};
 use sparsam_ir::{AdamW, DType, Graph, Trace};
+use sparsam_models::adapter::DROPOUT_SEED;
 use sparsam_models::nn::{Batch, Cache};
 use sparsam_models::{Model, Parameter};
 use sparsam_runtime::{Data, Device, Options, Outputs, Session, Step, Weights};
 use sparsam_tokenizer::Tokenizer;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -38,6 +40,24 @@ impl How {
     /// Tokens of a micro-batch.
     pub fn n_tokens(&self) -> usize {
         self.rows * self.ctx
+    }
+}
+
+/// What a model learns upon: weights that stay as they are, in whatever type they are stored, and which are trained.
+#[derive(Clone)]
+pub struct Base {
+    /// All weights that are not trained; none where all are.
+    pub weights: Weights,
+    /// Whether the weight of this name is trained.
+    pub trained: fn(&str) -> bool,
+    /// Of dropout.
+    pub seed: u64,
+}
+
+impl Base {
+    /// Nothing stays as it is: all weights are trained.
+    pub fn nothing() -> Base {
+        Base { weights: Weights::new(), trained: |_| true, seed: 0 }
     }
 }
 
@@ -80,6 +100,8 @@ pub struct Learner {
     how: How,
     session: Session,
     parameters: Vec<Parameter>,
+    leaves: Leaves,
+    seed: u64,
     programs: Programs,
     /// The loss alone; made when it is first wanted.
     evaluate: Option<Step>,
@@ -93,6 +115,14 @@ impl Learner {
     /// # Errors
     /// If the model's shapes do not fit together, or its rows are longer than it can be trained on.
     pub fn new(model: &Model, how: How, device: &Device) -> Result<Learner, Error> {
+        Learner::over(model, how, device, Base::nothing())
+    }
+
+    /// Compiles the steps of a model that learns upon `base`; all weights under training and moments are 0.
+    ///
+    /// # Errors
+    /// As [`Learner::new`]; if `base` lacks a weight.
+    pub fn over(model: &Model, how: How, device: &Device, base: Base) -> Result<Learner, Error> {
         let facts = model.facts();
         if facts.architecture == "gpt2" && how.ctx > facts.context_length {
             return Err(Error::config(
@@ -100,15 +130,19 @@ impl Learner {
                 format!("is {}, but the model has {} positions", how.ctx, facts.context_length),
             ));
         }
-        let mut constants = Weights::new();
+        let mut parameters = model.parameters()?;
+        parameters.extend(model.adapter_parameters()?);
+        parameters.retain(|p| (base.trained)(&p.name));
+        let leaves = Leaves::new(&base, &parameters);
+        let Base { mut weights, seed, .. } = base;
         for c in model.constants() {
-            constants.insert_f32(&c.name, &c.shape, &c.data)?;
+            weights.insert_f32(&c.name, &c.shape, &c.data)?;
         }
-        let mut session = Session::new(device, Arc::new(constants));
-        let parameters = model.parameters()?;
-        let graphs = Graphs::new(model, &how, &parameters)?;
+        let mut session = Session::new(device, Arc::new(weights));
+        let graphs = Graphs::new(model, &how, &parameters, &leaves)?;
         let programs = Programs::load(&mut session, &graphs, &how.options)?;
-        Ok(Learner { model: model.clone(), how, session, parameters, programs, evaluate: None, decode: None })
+        let model = model.clone();
+        Ok(Learner { model, how, session, parameters, leaves, seed, programs, evaluate: None, decode: None })
     }
 
     /// The model.
@@ -121,7 +155,7 @@ impl Learner {
         &self.how
     }
 
-    /// The parameters, in the model's order.
+    /// The parameters under training, in the model's order.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
@@ -149,7 +183,7 @@ impl Learner {
     /// # Errors
     /// None behind [`Learner::new`].
     pub(crate) fn graphs(&self) -> Result<Graphs, Error> {
-        Graphs::new(&self.model, &self.how, &self.parameters)
+        Graphs::new(&self.model, &self.how, &self.parameters, &self.leaves)
     }
 
     /// Compiles the steps anew with `options`; weights and moments stay.
@@ -261,9 +295,20 @@ impl Learner {
             Ok(if clipped { Some(out.f32(GRAD_NORM)?[0] as f64) } else { None })
         };
         let clipped = self.how.optimiser.clip.is_some();
+        let drops = self.model.adapters().iter().any(|a| a.dropout() > 0.0);
+        // Another mask for every micro-batch of the run.
+        let seeds: Vec<[i32; 2]> = (0..micro.len() as u64)
+            .map(|i| Random::new(self.seed, "dropout", (t - 1) * micro.len() as u64 + i).next())
+            .map(|x| [x as i32, (x >> 32) as i32])
+            .collect();
+        let inputs = |i: usize| {
+            let mut all = inputs(&micro[i], &scale).to_vec();
+            all.extend(drops.then(|| (DROPOUT_SEED, Data::I32(&seeds[i]))));
+            all
+        };
         match &self.programs {
             Programs::Whole(step) => {
-                let mut inputs = inputs(&micro[0], &scale).to_vec();
+                let mut inputs = inputs(0);
                 inputs.push(rates);
                 let out = self.session.run(step, &inputs)?;
                 let loss = out.f32(LOSS)?[0] as f64;
@@ -271,8 +316,8 @@ impl Learner {
             }
             Programs::Parts { accumulate, apply } => {
                 let mut loss = 0.0;
-                for rows in micro {
-                    loss += self.session.run(accumulate, &inputs(rows, &scale))?.f32(LOSS)?[0] as f64;
+                for i in 0..micro.len() {
+                    loss += self.session.run(accumulate, &inputs(i))?.f32(LOSS)?[0] as f64;
                 }
                 let out = self.session.run(apply, &[rates])?;
                 Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)? })
@@ -315,8 +360,8 @@ impl Learner {
             None => {
                 let n_slots = pages * PAGE;
                 let cache = Cache { n_slots, page_size: PAGE, n_seqs: 1, n_pages: pages, dtype: DType::F32 };
-                let t = Trace::new().training(|_| true);
-                let logits = self.model.trace(&t, &Batch::paged(1, cache));
+                let t = self.leaves.trace();
+                let logits = undropped(&self.model)?.trace(&t, &Batch::paged(1, cache));
                 self.session.load(&t.finish(&[("logits", &logits)])?, &self.how.options)?
             }
         };
@@ -396,6 +441,32 @@ pub(crate) fn inputs<'a>(rows: &'a PackedRows, scale: &'a [f32; 1]) -> [(&'stati
     ]
 }
 
+/// The weights that the model may ask for, and which of them are trained.
+pub(crate) struct Leaves {
+    /// `None`: all, and all are trained.
+    known: Option<HashMap<String, (Vec<usize>, DType)>>,
+    trained: fn(&str) -> bool,
+}
+
+impl Leaves {
+    fn new(base: &Base, parameters: &[Parameter]) -> Leaves {
+        let mut known = base.weights.shapes();
+        let stays = !known.is_empty();
+        known.extend(parameters.iter().map(|p| (p.name.clone(), (p.shape.clone(), DType::F32))));
+        Leaves { known: stays.then_some(known), trained: base.trained }
+    }
+
+    fn trace(&self) -> Trace {
+        self.known.clone().map_or_else(Trace::new, Trace::with_weights).training(self.trained)
+    }
+}
+
+/// The model without dropout, as it is evaluated.
+fn undropped(model: &Model) -> Result<Model, Error> {
+    let adapters = model.adapters().iter().map(|a| a.clone().with_dropout(0.0)).collect();
+    Ok(model.clone().with_adapters(adapters)?)
+}
+
 /// The graphs of a learner.
 pub(crate) struct Graphs {
     /// Where one micro-batch is a step.
@@ -406,16 +477,19 @@ pub(crate) struct Graphs {
 }
 
 impl Graphs {
-    pub fn new(model: &Model, how: &How, parameters: &[Parameter]) -> Result<Graphs, Error> {
+    pub fn new(model: &Model, how: &How, parameters: &[Parameter], leaves: &Leaves) -> Result<Graphs, Error> {
         let batch = Batch::packed(how.n_tokens());
         let loss = |t: &Trace| step::language_model_loss(t, model, &batch);
+        let evaluated = undropped(model)?;
         let shapes: Vec<(String, Vec<usize>)> =
             parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
         Ok(Graphs {
-            whole: (how.accumulate == 1).then(|| step::update(loss, &how.optimiser)).transpose()?,
-            accumulate: step::accumulate(loss)?,
+            whole: (how.accumulate == 1)
+                .then(|| step::update(leaves.trace(), loss, &how.optimiser))
+                .transpose()?,
+            accumulate: step::accumulate(leaves.trace(), loss)?,
             apply: step::apply(&shapes, &how.optimiser)?,
-            evaluate: step::evaluate(loss)?,
+            evaluate: step::evaluate(leaves.trace(), |t| step::language_model_loss(t, &evaluated, &batch))?,
         })
     }
 }

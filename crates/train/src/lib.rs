@@ -12,8 +12,10 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod dialogue;
 mod error;
 mod learner;
+pub mod lora;
 pub mod metrics;
 pub mod new;
 pub mod optim;
@@ -25,5 +27,5 @@ pub mod step;
 pub mod verify;
 
 pub use error::Error;
-pub use learner::{How, Learner, Outcome};
+pub use learner::{Base, How, Learner, Outcome};
 pub use run::{Event, Finished, Run};

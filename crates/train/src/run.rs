@@ -6,6 +6,7 @@
 //! RUN/tokens.bin                the text as tokens, where the run made them
 //! RUN/metrics.jsonl             measures, a line each
 //! RUN/checkpoints/step-*        weights, moments, progress
+//! RUN/adapter/, RUN/model/      what fine-tuning gives: the best on the held-back part so far
 //! RUN/report.html               curves, samples, settings
 //! RUN/model/, RUN/model.gguf    the model at the end, for other programs
 //! ```
@@ -13,7 +14,9 @@
 mod prepare;
 
 use crate::config::{Config, Receipt, Settings};
-use crate::data::{Corpus, PackedRows, Rows};
+use crate::data::{Batches, Corpus, PackedRows, Rows};
+use crate::learner::Base;
+use crate::lora::{self, Finetuned};
 use crate::metrics::{Metrics, Record, StepRecord};
 use crate::verify::{self, Frozen};
 use crate::{Error, How, Learner, Outcome, checkpoint, checkpoint::Progress, report};
@@ -63,12 +66,13 @@ pub struct Run {
     config: Config,
     receipt: Receipt,
     settings: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: Option<Tokenizer>,
     /// The model that it continues with.
-    base: Option<Source>,
-    train: Rows,
-    held_back: Option<Rows>,
+    source: Option<Source>,
+    train: Box<dyn Batches>,
+    held_back: Option<Box<dyn Batches>>,
     learner: Learner,
+    finetuned: Option<Finetuned>,
     progress: Progress,
     /// Operations a second that the machine can do at most.
     peak: f64,
@@ -90,13 +94,30 @@ impl Run {
                 "holds a run already; take it up again with --resume, or name another folder",
             ));
         }
-        let prepared = prepare::prepare(folder, &mut config)?;
-        let mut file = AtomicFile::create(&settings_file)?;
-        file.write_all(config.to_toml().as_bytes()).map_err(Error::io("write", &settings_file))?;
-        file.commit()?;
-        let mut run = Run::assemble(folder, config, prepared)?;
+        let mut run = match config.finetune {
+            // What cannot be compiled leaves no folder behind.
+            Some(_) => Run::plan(folder, config)?,
+            None => {
+                let prepared = prepare::prepare(folder, &mut config)?;
+                write_file(&settings_file, config.to_toml().as_bytes())?;
+                Run::assemble(folder, config, prepared)?
+            }
+        };
+        if run.finetuned.is_some() {
+            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+            write_file(&settings_file, run.config.to_toml().as_bytes())?;
+        }
         run.initialise()?;
         Ok(run)
+    }
+
+    /// A run that fine-tunes, as [`Run::start`] makes it, but nothing is written: to see what it would do and take.
+    ///
+    /// # Errors
+    /// As [`Run::start`].
+    pub fn plan(folder: &Path, mut config: Config) -> Result<Run, Error> {
+        let prepared = lora::prepare(&mut config)?;
+        Run::assemble(folder, config, prepared)
     }
 
     /// Takes up the run in `folder` at its newest checkpoint; from its beginning if it has none.
@@ -109,8 +130,22 @@ impl Run {
             return Err(Error::config(folder.display().to_string(), "holds no run (no config.toml)"));
         }
         let mut config = Config::open(&settings_file)?;
-        let prepared = prepare::reopen(folder, &mut config)?;
+        let prepared = match config.finetune {
+            None => prepare::reopen(folder, &mut config)?,
+            Some(_) => {
+                let before = config.receipt.clone();
+                let prepared = lora::prepare(&mut config)?;
+                if before.is_some_and(|b| b.tokens_sha256 != prepared.receipt.tokens_sha256) {
+                    let problem = "the examples are not those that the run was started with; put the files back, or start anew";
+                    return Err(Error::config(folder.display().to_string(), problem));
+                }
+                prepared
+            }
+        };
         let mut run = Run::assemble(folder, config, prepared)?;
+        if let Some(result) = run.result() {
+            clear_unfinished(&result)?;
+        }
         match checkpoint::list(&run.checkpoints())?.last() {
             Some(newest) => run.progress = checkpoint::load(newest, &mut run.learner)?,
             None => run.initialise()?,
@@ -118,7 +153,7 @@ impl Run {
         Ok(run)
     }
 
-    fn assemble(folder: &Path, config: Config, p: prepare::Prepared) -> Result<Run, Error> {
+    fn assemble(folder: &Path, config: Config, p: Prepared) -> Result<Run, Error> {
         let settings = p.settings;
         let device = Device::cpu(settings.threads)?;
         let how = How {
@@ -128,17 +163,10 @@ impl Run {
             optimiser: settings.optimiser,
             options: if settings.eager { Options::eager() } else { Options::default() },
         };
-        let vocab_size = p.model.facts().vocab_size;
-        let train = Rows::new(p.train, settings.ctx, settings.seed, vocab_size)?;
-        // Too little is held back to fill a row: then there is nothing to evaluate on.
-        let held_back = p
-            .held_back
-            .filter(|c| c.len() > settings.ctx)
-            .map(|c| Rows::new(c, settings.ctx, settings.seed, vocab_size))
-            .transpose()?;
-        let learner = Learner::new(&p.model, how, &device)?;
+        let learner = Learner::over(&p.model, how, &device, p.base)?;
         // A token sees half of its row on average; the gradient takes twice what the loss takes.
-        let flop_per_token = 3.0 * p.model.flops_per_token(settings.ctx.div_ceil(2))?;
+        let method = p.finetuned.as_ref().map(|f| f.method);
+        let flop_per_token = lora::passes(method) * p.model.flops_per_token(settings.ctx.div_ceil(2))?;
         let peak = peak_flops(settings.threads)?;
         Ok(Run {
             folder: folder.to_path_buf(),
@@ -146,10 +174,11 @@ impl Run {
             receipt: p.receipt,
             settings,
             tokenizer: p.tokenizer,
-            base: p.base,
-            train,
-            held_back,
+            source: p.source,
+            train: p.train,
+            held_back: p.held_back,
             learner,
+            finetuned: p.finetuned,
             progress: Progress::default(),
             peak,
             flop_per_token,
@@ -157,7 +186,10 @@ impl Run {
     }
 
     fn initialise(&mut self) -> Result<(), Error> {
-        match &self.base {
+        if let (Some(f), Some(config)) = (&self.finetuned, &self.config.finetune) {
+            return f.initialise(&mut self.learner, config, self.settings.seed);
+        }
+        match &self.source {
             Some(source) => self.learner.take_from(source),
             None => self.learner.initialise(self.settings.seed),
         }
@@ -165,6 +197,29 @@ impl Run {
 
     fn checkpoints(&self) -> PathBuf {
         self.folder.join("checkpoints")
+    }
+
+    /// What fine-tuning adds to it; `None` if it trains on plain text.
+    pub fn finetuned(&self) -> Option<&Finetuned> {
+        self.finetuned.as_ref()
+    }
+
+    /// Where what fine-tuning gives is written.
+    pub fn result(&self) -> Option<PathBuf> {
+        let adapts = self.finetuned.as_ref()?.peft.is_some();
+        Some(self.folder.join(if adapts { "adapter" } else { "model" }))
+    }
+
+    fn write_result(&self) -> Result<(), Error> {
+        match (&self.finetuned, self.result()) {
+            (Some(f), Some(folder)) => f.write(&self.learner, &folder),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the held-back loss has not fallen for as long as it may.
+    fn gives_up(&self) -> bool {
+        self.settings.patience > 0 && self.progress.stale >= self.settings.patience
     }
 
     /// The folder it lives in.
@@ -198,9 +253,9 @@ impl Run {
         &mut self.learner
     }
 
-    /// Its tokenizer.
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+    /// Its tokenizer, if it has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
     }
 
     /// How far it is.
@@ -222,11 +277,15 @@ impl Run {
         }
         self.write_report()?;
         result?;
+        // Without held-back examples the last weights are the result; if nothing was better than the start, they are too.
+        if self.result().is_some_and(|r| self.held_back.is_none() || !r.exists()) {
+            self.write_result()?;
+        }
         if saved != self.progress.step {
             self.save(&mut saved, on)?;
         }
-        let complete = self.progress.step >= self.settings.steps;
-        if complete {
+        let complete = self.gives_up() || self.progress.step >= self.settings.steps;
+        if complete && self.finetuned.is_none() {
             self.export(&mut metrics, on)?;
             self.write_report()?;
         }
@@ -244,7 +303,7 @@ impl Run {
             std::fs::remove_dir_all(&folder).map_err(Error::io("replace", &folder))?;
         }
         for (path, kind) in [(folder, Kind::Safetensors), (self.folder.join("model.gguf"), Kind::Gguf)] {
-            if let Err(e) = self.learner.export(&path, kind, dtype, Some(&self.tokenizer)) {
+            if let Err(e) = self.learner.export(&path, kind, dtype, self.tokenizer.as_ref()) {
                 let note = format!("the model is not saved as {}: {e}", path.display());
                 on(Event::Note(&note));
                 metrics.add(&Record::Note { step: self.progress.step, note })?;
@@ -265,7 +324,7 @@ impl Run {
         if self.progress.step == 0 {
             self.evaluate(metrics, on)?;
         }
-        while self.progress.step < self.settings.steps && !stop.load(Ordering::Relaxed) {
+        while self.progress.step < self.settings.steps && !stop.load(Ordering::Relaxed) && !self.gives_up() {
             if self.progress.step < self.settings.verify {
                 self.second_opinion(metrics, on)?;
             }
@@ -310,7 +369,7 @@ impl Run {
         p.rows += (s.accumulate * s.batch) as u64;
         p.targets += micro.iter().map(PackedRows::n_targets).sum::<usize>() as u64;
         p.seconds += seconds;
-        let tokens_per_second = s.tokens_per_step() as f64 / seconds;
+        let tokens_per_second = micro.iter().map(PackedRows::n_tokens).sum::<usize>() as f64 / seconds;
         Ok(StepRecord {
             step: t,
             loss: outcome.loss,
@@ -377,7 +436,17 @@ impl Run {
     fn evaluate(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let Some(loss) = self.held_back_loss()? else { return Ok(()) };
         let step = self.progress.step;
-        self.progress.held_back = Some(loss);
+        let p = &mut self.progress;
+        p.held_back = Some(loss);
+        let better = p.best.is_none_or(|best| loss < best);
+        p.stale = if better { 0 } else { p.stale + 1 };
+        if better {
+            p.best = Some(loss);
+            // What nothing was learnt for is no result.
+            if step > 0 {
+                self.write_result()?;
+            }
+        }
         metrics.add(&Record::HeldBack { step, held_back_loss: loss })?;
         on(Event::HeldBack(step, loss));
         Ok(())
@@ -406,15 +475,16 @@ impl Run {
 
     fn sample(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let step = self.progress.step;
-        let text = self.write_on(&self.settings.sample_prompt.clone(), step)?;
+        let Some(text) = self.write_on(&self.settings.sample_prompt.clone(), step)? else { return Ok(()) };
         metrics.add(&Record::Sample { step, sample: text.clone() })?;
         on(Event::Sample(step, &text));
         Ok(())
     }
 
-    /// `prompt` and what the model, as it is, writes behind it. An empty prompt is the start of a document.
-    fn write_on(&mut self, prompt: &str, seed: u64) -> Result<String, Error> {
-        let tokenizer = &self.tokenizer;
+    /// `prompt` and what the model, as it is, writes behind it; `None` without a tokenizer. An empty prompt is the start
+    /// of a document.
+    fn write_on(&mut self, prompt: &str, seed: u64) -> Result<Option<String>, Error> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(None) };
         let mut tokens = tokenizer.encode(prompt, Specials { add: true, parse: false })?;
         if tokens.is_empty() {
             tokens = vec![tokenizer.eos().or(tokenizer.bos()).unwrap_or(0)];
@@ -423,7 +493,7 @@ impl Run {
         let (n, seed) = (self.settings.sample_tokens, self.settings.seed ^ seed);
         let written = self.learner.sample(&tokens, n, TEMPERATURE, seed, tokenizer.eos())?;
         tokens.extend(written);
-        Ok(tokenizer.decode(&tokens, true))
+        Ok(Some(tokenizer.decode(&tokens, true)))
     }
 
     fn save(&mut self, saved: &mut u64, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
@@ -438,11 +508,42 @@ impl Run {
         let name = self.folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let html =
             report::report(&format!("Training: {name}"), &self.config, &self.receipt, &records).to_html();
-        let path = self.folder.join("report.html");
-        let mut file = AtomicFile::create(&path)?;
-        file.write_all(html.as_bytes()).map_err(Error::io("write", &path))?;
-        Ok(file.commit()?)
+        write_file(&self.folder.join("report.html"), html.as_bytes())
     }
+}
+
+/// Removes what a kill left of files that were being written: hidden, and named `.tmp`.
+fn clear_unfinished(folder: &Path) -> Result<(), Error> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+    for entry in entries {
+        let path = entry.map_err(Error::io("read", folder))?.path();
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.starts_with('.') && name.ends_with(".tmp") {
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// What a run works with.
+pub(crate) struct Prepared {
+    pub model: Model,
+    pub tokenizer: Option<Tokenizer>,
+    /// The model that is continued with.
+    pub source: Option<Source>,
+    pub train: Box<dyn Batches>,
+    pub held_back: Option<Box<dyn Batches>>,
+    pub settings: Settings,
+    pub receipt: Receipt,
+    pub base: Base,
+    pub finetuned: Option<Finetuned>,
+}
+
+/// Writes a file that appears whole or not at all.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes).map_err(Error::io("write", path))?;
+    Ok(file.commit()?)
 }
 
 /// Operations a second that this machine can do at most in f32, with `threads` (0: all).

@@ -19,11 +19,12 @@ pub const GRAD_NORM: &str = "grad_norm";
 pub const NO_TARGET: i32 = -1;
 
 /// A trace in which every weight is trained.
-fn training() -> Trace {
+pub fn training() -> Trace {
     Trace::new().training(|_| true)
 }
 
-/// One optimiser step on the loss that `loss` traces (one number): every weight that it asks for is trained.
+/// One optimiser step on the loss (one number) that `loss` traces in `t`, whose weights under training it changes;
+/// [`training`] gives a trace in which all are.
 ///
 /// Outputs: [`LOSS`], and [`GRAD_NORM`] where gradients are clipped. Beside what `loss` asks for, the graph has the
 /// input [`crate::optim::RATES`].
@@ -31,8 +32,11 @@ fn training() -> Trace {
 /// # Errors
 /// The first shape error, with its line.
 #[track_caller]
-pub fn update(loss: impl FnOnce(&Trace) -> Tensor, optimiser: &Optimiser) -> Result<Graph, TraceError> {
-    let t = training();
+pub fn update(
+    t: Trace,
+    loss: impl FnOnce(&Trace) -> Tensor,
+    optimiser: &Optimiser,
+) -> Result<Graph, TraceError> {
     let loss = loss(&t);
     let (parameters, grads) = gradients(&t, &loss);
     let norm = optimiser.update(&t, &parameters, &grads);
@@ -44,8 +48,7 @@ pub fn update(loss: impl FnOnce(&Trace) -> Tensor, optimiser: &Optimiser) -> Res
 /// # Errors
 /// The first shape error, with its line.
 #[track_caller]
-pub fn accumulate(loss: impl FnOnce(&Trace) -> Tensor) -> Result<Graph, TraceError> {
-    let t = training();
+pub fn accumulate(t: Trace, loss: impl FnOnce(&Trace) -> Tensor) -> Result<Graph, TraceError> {
     let loss = loss(&t);
     let (parameters, grads) = gradients(&t, &loss);
     for ((name, w), g) in parameters.iter().zip(&grads) {
@@ -80,8 +83,7 @@ pub fn apply(parameters: &[(String, Vec<usize>)], optimiser: &Optimiser) -> Resu
 /// # Errors
 /// The first shape error, with its line.
 #[track_caller]
-pub fn evaluate(loss: impl FnOnce(&Trace) -> Tensor) -> Result<Graph, TraceError> {
-    let t = training();
+pub fn evaluate(t: Trace, loss: impl FnOnce(&Trace) -> Tensor) -> Result<Graph, TraceError> {
     let loss = loss(&t);
     finish(&t, &loss, None)
 }

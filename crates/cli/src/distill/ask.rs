@@ -133,7 +133,7 @@ struct ServerArgs {
     #[arg(long, value_name = "NAME", requires = "teacher_url")]
     teacher_model: Option<String>,
     /// Environment variable that holds the key
-    #[arg(long, default_value = "OPENAI_API_KEY", value_name = "NAME")]
+    #[arg(long, default_value = "OPENAI_API_KEY", value_name = "NAME", overrides_with = "key_env")]
     key_env: String,
     /// Requests in a minute, at most
     #[arg(long, value_name = "N")]

@@ -2,7 +2,7 @@
 //!
 //! Every block format is the same idea: a group of elements shares a scale, maybe a minimum, and each element is a code
 //! that stands for a [`Levels`] value. Element = `d * scale[group] * level(code) - dmin * min[group]`.
-//! [`fit`] chooses the scales, [`pack`] writes a block; what [`super::decode`] reads from it is
+//! [`fit()`] chooses the scales, [`pack`] writes a block; what [`super::decode`] reads from it is
 //! [`Scales::value`], bit for bit.
 
 use super::fit::{self, Minimum, Part};
@@ -155,7 +155,7 @@ pub fn stored(v: f32) -> f32 {
 /// error to the nearest codes that a search finds. `Q8_0`'s comes from the largest element.
 ///
 /// # Panics
-/// If the lengths are not `dtype`'s block, or it has no [`format`].
+/// If the lengths are not `dtype`'s block, or it has no [`format()`].
 pub fn fit(dtype: DType, x: &[f32], importance: &[f32]) -> Scales {
     use DType::*;
     fn block<const N: usize>(x: &[f32]) -> &[f32; N] {
@@ -212,7 +212,7 @@ pub fn fit(dtype: DType, x: &[f32], importance: &[f32]) -> Scales {
 /// Writes the block with these scales and codes.
 ///
 /// # Panics
-/// If the lengths are not `dtype`'s, or it has no [`format`].
+/// If the lengths are not `dtype`'s, or it has no [`format()`].
 ///
 /// ```
 /// use sparsam_dtype::{DType, codec::{blocks, decode}};

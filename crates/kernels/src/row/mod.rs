@@ -1,7 +1,7 @@
 //! Row programs: straight-line code over the rows of a domain, with reductions along the row and sums over all rows.
 //!
 //! Norms, softmax, SwiGLU, rotary embedding, cross-entropy, AdamW and their gradients are all row programs that the
-//! compiler composes. [`Code::new`] prepares a [`Program`] for operands that lie in a certain way, once; [`run`] runs
+//! compiler composes. [`Code::new`] prepares a [`Program`] for operands that lie in a certain way, once; [`run()`] runs
 //! it on memory as often as wanted. [`run_reference`] is the meaning, slow and plain.
 //!
 //! A row's result depends neither on the number of threads nor on the other rows.
@@ -149,10 +149,10 @@ fn execute(ctx: &Context, mem: &mut Memory, code: &Code, places: &[Place]) -> Re
     Ok(())
 }
 
-/// As [`run`], by the scalar reference on the calling thread: the meaning that the fast paths are held to.
+/// As [`run()`], by the scalar reference on the calling thread: the meaning that the fast paths are held to.
 ///
 /// # Errors
-/// As [`run`].
+/// As [`run()`].
 pub fn run_reference(mem: &mut Memory, code: &Code, outs: &[&View], ins: &[&View]) -> Result<(), Error> {
     code.check_views(outs, ins)?;
     let (out_ptrs, in_ptrs) = mem.resolve_slices(outs, ins, true)?;

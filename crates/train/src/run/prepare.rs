@@ -10,18 +10,6 @@ use sparsam_tokenizer::{JsonFiles, train as vocabulary};
 /// Bytes of text that a vocabulary is learnt from, at most: pairs are as frequent in the rest.
 const VOCABULARY_BYTES: usize = 64 << 20;
 
-/// What a run works with.
-pub(super) struct Prepared {
-    pub model: Model,
-    pub tokenizer: Tokenizer,
-    /// The model that is continued with.
-    pub base: Option<Source>,
-    pub train: Corpus,
-    pub held_back: Option<Corpus>,
-    pub settings: Settings,
-    pub receipt: Receipt,
-}
-
 /// Makes tokenizer and tokens in `folder`, and completes `config`.
 pub(super) fn prepare(folder: &Path, config: &mut Config) -> Result<Prepared, Error> {
     let d = &mut config.data;
@@ -81,7 +69,7 @@ fn base(config: &Config) -> Result<Option<Opened>, Error> {
     Ok(Some(sparsam_engine::open(Path::new(from))?))
 }
 
-/// Opens what [`prepare`] has made.
+/// Opens what [`prepare()`] has made.
 pub(super) fn reopen(folder: &Path, config: &mut Config) -> Result<Prepared, Error> {
     let base = base(config)?;
     let tokenizer = match &base {
@@ -130,7 +118,27 @@ fn finish(
         tokens_sha256,
     };
     config.receipt = Some(receipt.clone());
-    Ok(Prepared { model, tokenizer, base, train, held_back, settings, receipt })
+    let vocab_size = model.facts().vocab_size;
+    let rows = |corpus: Corpus| {
+        Ok::<_, Error>(
+            Box::new(Rows::new(corpus, settings.ctx, settings.seed, vocab_size)?) as Box<dyn Batches>
+        )
+    };
+    // Too little is held back to fill a row: then there is nothing to evaluate on.
+    let held_back = held_back.filter(|c| c.len() > settings.ctx).map(rows).transpose()?;
+    let (train, stays, finetuned) = (rows(train)?, Base::nothing(), None);
+    let tokenizer = Some(tokenizer);
+    Ok(Prepared {
+        model,
+        tokenizer,
+        source: base,
+        train,
+        held_back,
+        settings,
+        receipt,
+        base: stays,
+        finetuned,
+    })
 }
 
 /// The tokenizer that the settings name, its files in the run's folder.
@@ -182,10 +190,7 @@ fn new_tokenizer(folder: &Path, config: &mut Config, field: &str) -> Result<Toke
         }
     };
     for (name, bytes) in [("tokenizer.json", &new.tokenizer), ("tokenizer_config.json", &new.config)] {
-        let path = into.join(name);
-        let mut file = AtomicFile::create(&path)?;
-        file.write_all(bytes).map_err(Error::io("write", path))?;
-        file.commit()?;
+        write_file(&into.join(name), bytes)?;
     }
     open_tokenizer(&into)
 }

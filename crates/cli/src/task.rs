@@ -1,0 +1,170 @@
+//! `sparsam eval --task`: the share of questions that a model answers right.
+
+use crate::load::{Load, positive};
+use crate::text;
+use anyhow::{Context, bail};
+use regex::Regex;
+use serde_json::json;
+use sparsam_engine::{Question, ask, equation};
+use std::io::{BufRead, BufReader};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Bytes that a compiled `--answer-regex` may take.
+const REGEX_BYTES: usize = 1 << 20;
+
+/// A task and how its answers are read.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Task")]
+pub struct TaskArgs {
+    /// JSON lines with a question and its answer, which the model is to write
+    #[arg(long, value_name = "FILE", conflicts_with = "perplexity")]
+    pub task: Option<PathBuf>,
+    /// The keys of question and answer in each line
+    #[arg(
+        long,
+        value_name = "QUESTION,ANSWER",
+        value_delimiter = ',',
+        default_value = "question,answer",
+        requires = "task"
+    )]
+    fields: Vec<String>,
+    /// The answer is the first group (or all) of the last match in what is written, and in the answer where it matches
+    /// there (default: everything that is written)
+    #[arg(long, value_name = "REGEX", requires = "task", conflicts_with = "equation")]
+    answer_regex: Option<String>,
+    /// What is written is a sum, whose value is the answer
+    #[arg(long, requires = "task")]
+    equation: bool,
+    /// Tokens of an answer at most
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 256, requires = "task")]
+    max_tokens: usize,
+    /// Only the first N questions
+    #[arg(long, value_name = "N", value_parser = positive, requires = "task")]
+    questions: Option<usize>,
+    /// Questions that are answered at a time
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 8, requires = "task")]
+    at_once: usize,
+    /// Print each question's answer and what was read in it
+    #[arg(long, requires = "task")]
+    show: bool,
+}
+
+pub fn run(args: &TaskArgs, model: &str, load: &Load, json: bool) -> anyhow::Result<()> {
+    let Some(file) = &args.task else { bail!("give --perplexity FILE or --task FILE") };
+    let regex = match &args.answer_regex {
+        Some(r) => {
+            Some(regex::RegexBuilder::new(r).size_limit(REGEX_BYTES).build().context("--answer-regex")?)
+        }
+        None => None,
+    };
+    let mut questions = read(file, &args.fields)?;
+    questions.truncate(args.questions.unwrap_or(usize::MAX));
+    if let Some(regex) = &regex {
+        for q in &mut questions {
+            q.answer = last_match(regex, &q.answer).unwrap_or_else(|| q.answer.clone());
+        }
+    }
+    let longest = args.max_tokens + 1024;
+    let engine = load.engine(model, None)?;
+    let engine = match engine.context() {
+        // Each of the places has the whole context: no more of it than questions and answers need.
+        c if c > longest => load.engine(model, Some(longest))?,
+        _ => engine,
+    };
+    eprintln!("{}", engine.describe());
+    let bar = text::bar(questions.len() as u64, "questions");
+    let start = Instant::now();
+    let (mut done, mut right) = (0, 0);
+    let read = |written: &str| match &regex {
+        Some(regex) => last_match(regex, written),
+        None if args.equation => equation(written).map(|v| v.to_string()),
+        None => Some(written.to_string()),
+    };
+    let how = (args.at_once.min(questions.len()), args.max_tokens);
+    let answered = ask(&engine, &questions, how, &read, &mut |a| {
+        (done, right) = (done + 1, right + a.right as usize);
+        bar.set_position(done);
+        bar.set_message(format!("{:.1}% right", 100.0 * right as f64 / done as f64));
+        ControlFlow::Continue(())
+    })?;
+    bar.finish_and_clear();
+    let (n, unread) = (answered.len(), answered.iter().filter(|a| a.read.is_none()).count());
+    let accuracy = right as f64 / n as f64;
+    // Of a share of n independent answers.
+    let error = (accuracy * (1.0 - accuracy) / n as f64).sqrt();
+    if json {
+        let all: Vec<_> = answered
+            .iter()
+            .map(|a| json!({"question": a.index, "written": a.text, "read": a.read, "right": a.right}))
+            .collect();
+        return text::say_json(&json!({
+            "accuracy": accuracy,
+            "standard_error": error,
+            "right": right,
+            "questions": n,
+            "unread": unread,
+            "seconds": start.elapsed().as_secs_f64(),
+            "runs_on": engine.describe(),
+            "answers": if args.show { all } else { Vec::new() },
+        }));
+    }
+    if args.show {
+        for a in &answered {
+            let mark = if a.right { "right" } else { "wrong" };
+            let q = &questions[a.index];
+            text::say(format_args!("{mark}  wanted {:?}, read {:?} in {:?}", q.answer, a.read, a.text))?;
+        }
+    }
+    text::say(format_args!(
+        "right          {:.1}% ± {:.1} ({right} of {n})",
+        100.0 * accuracy,
+        100.0 * error
+    ))?;
+    text::say(format_args!("without answer {unread}"))?;
+    text::say(format_args!("time           {}", text::duration(start.elapsed())))
+}
+
+/// The first group of the last match, or all of it where there is no group.
+fn last_match(regex: &Regex, text: &str) -> Option<String> {
+    let found = regex.captures_iter(text).last()?;
+    found.get(1).or(found.get(0)).map(|m| m.as_str().to_string())
+}
+
+fn read(file: &Path, fields: &[String]) -> anyhow::Result<Vec<Question>> {
+    let [question, answer] = fields else { bail!("--fields wants two names: QUESTION,ANSWER") };
+    let open = std::fs::File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
+    let mut questions = Vec::new();
+    for (i, line) in BufReader::new(open).lines().enumerate() {
+        let at = || format!("{}: line {}", file.display(), i + 1);
+        let line = line.with_context(at)?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let value: serde_json::Value = serde_json::from_str(&line).with_context(at)?;
+        let text = |key: &str| match &value[key] {
+            serde_json::Value::String(s) => Ok(s.clone()),
+            serde_json::Value::Number(n) => Ok(n.to_string()),
+            _ => bail!("{}: there is no text or number {key:?}; name the keys by --fields", at()),
+        };
+        questions.push(Question { prompt: text(question)?, answer: text(answer)? });
+    }
+    if questions.is_empty() {
+        bail!("{}: holds no question; one JSON object a line is expected", file.display());
+    }
+    Ok(questions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_match_counts() {
+        let r = Regex::new("#### (-?[0-9,.]+)").unwrap();
+        assert_eq!(last_match(&r, "#### 3 no #### 1,200").as_deref(), Some("1,200"));
+        assert_eq!(last_match(&r, "none"), None);
+        assert_eq!(last_match(&Regex::new("[0-9]+").unwrap(), "4 and 5").as_deref(), Some("5"));
+    }
+}

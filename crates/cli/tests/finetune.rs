@@ -1,0 +1,84 @@
+//! `sparsam finetune` as a process: killed at any moment, it ends with the same adapter.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+fn sparsam() -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_sparsam"));
+    c.stdout(Stdio::null()).stderr(Stdio::null());
+    c
+}
+
+fn workplace(dir: &Path) {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../train/tests/golden/lora/tiny");
+    let model = dir.join("model");
+    std::fs::create_dir_all(&model).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(tiny.join(name), model.join(name)).unwrap();
+    }
+    let bytes = sparsam_tokenizer::train::byte_vocabulary();
+    std::fs::write(model.join("tokenizer.json"), bytes.tokenizer).unwrap();
+    std::fs::write(model.join("tokenizer_config.json"), bytes.config).unwrap();
+    let line = |i: usize| format!("{{\"prompt\": \"{i} and {}\", \"completion\": \"{}\"}}\n", i % 7, i % 2);
+    std::fs::write(dir.join("data.jsonl"), (0..150).map(line).collect::<String>()).unwrap();
+}
+
+fn start(dir: &Path, out: &str) -> Command {
+    let mut c = sparsam();
+    c.arg("finetune").arg(dir.join("model")).arg("--data").arg(dir.join("data.jsonl"));
+    c.arg("-o").arg(dir.join(out));
+    let flags = "--ctx 64 --batch 2 --steps 400 --rank 4 --dropout 0.1 --threads 1 --eval-every 50 --checkpoint-every 7";
+    c.args(flags.split(' '));
+    c
+}
+
+#[test]
+fn killed_ten_times_it_ends_with_the_same_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    workplace(dir);
+    let began = std::time::Instant::now();
+    assert!(start(dir, "whole").status().unwrap().success());
+    let whole = began.elapsed();
+
+    // Each part runs for another share of the time that the whole takes; it gets no further than the rest allows.
+    let mut killed = 0;
+    let mut child = start(dir, "parts").spawn().unwrap();
+    for i in 0..10u32 {
+        std::thread::sleep(whole.mul_f64(0.05 + 0.01 * ((i * 7) % 10) as f64) + Duration::from_millis(20));
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            killed += 1;
+        }
+        child.wait().unwrap();
+        child = match dir.join("parts/config.toml").exists() {
+            true => sparsam().arg("finetune").arg("--resume").arg(dir.join("parts")).spawn().unwrap(),
+            false => start(dir, "parts").spawn().unwrap(),
+        };
+    }
+    assert!(child.wait().unwrap().success() && killed > 3, "{killed}");
+    for file in ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"] {
+        let [a, b] = ["whole", "parts"].map(|run| std::fs::read(dir.join(run).join(file)).unwrap());
+        assert!(a == b, "{file} differs");
+    }
+    // Nothing half-written stays.
+    let left: Vec<_> =
+        std::fs::read_dir(dir.join("parts/adapter")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.len() <= 4, "{left:?}");
+}
+
+#[test]
+fn what_it_would_do_is_said_without_doing_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    workplace(dir);
+    let out = start(dir, "run").args(["--dry-run", "--json"]).stdout(Stdio::piped()).output().unwrap();
+    assert!(out.status.success());
+    let said: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert!(said["memory_bytes"].as_u64().unwrap() > 100_000 && said["tokens_per_step"] == 128, "{said}");
+    let out = start(dir, "run").arg("--xray").stdout(Stdio::piped()).output().unwrap();
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success() && text.contains("data.jsonl:"), "{text}");
+    assert!(text.contains('«') && !dir.join("run").exists(), "{text}");
+}
