@@ -18,27 +18,26 @@ pub(crate) mod tile;
 
 use crate::mem::Ptr;
 use crate::{Context, Error, Memory, Pool, Precision, View};
-use pack::{Lanes, Packing, Words, pack};
+use pack::{Lanes, Packing, Words, pack_groups};
 use scratch::{Scratch, Shared};
 use sparsam_dtype::{DType, Layout};
 use tile::{Args, PANEL, Tiles};
 
-/// Steps of one block of K. A strip of 12 rows is then 24 KiB and streams through L1, two panels of B are 64 KiB
-/// and stay in L2; loading and storing C costs half a hundredth of the block's arithmetic. Measured at 1024^3 on
-/// Zen 4: 512 gives 5% more than 256. Being part of the result's rounding, it is the same for every machine. A
+/// Steps of one block of K. A strip of 12 rows is then 36 KiB and streams through L1, two panels of B are 96 KiB
+/// and stay in L2; each block loads and stores C once, and K is a multiple of 768 in GPT-2. Being part of the result's rounding, it is the same for every machine. A
 /// multiple of the longest rounded block (256).
-pub(crate) const KC: usize = 512;
+pub(crate) const KC: usize = 768;
 
-/// Columns of B packed at a time: at [`KC`] steps 6 MiB, which stays in the L3 of current machines.
+/// Columns of B packed at a time: at [`KC`] steps 9 MiB, which stays in the L3 of current machines.
 const NC: usize = 3072;
 
-/// Rows of A packed at a time; 6 MiB at [`KC`] steps, a multiple of every strip.
+/// Rows of A packed at a time; 9 MiB at [`KC`] steps, a multiple of every strip.
 const MC: usize = 12 * 256;
 
-/// Strips of one task: 192 rows or 384 KiB of A, which with the panels stays in a 1 MiB L2.
-const TASK_STRIPS: usize = 16;
+/// Strips of one task: 96 rows or 288 KiB of A, which with the panels stays in a 1 MiB L2.
+const TASK_STRIPS: usize = 8;
 
-/// Panels of one task: 128 columns or 256 KiB of B.
+/// Panels of one task: 128 columns or 384 KiB of B.
 const TASK_PANELS: usize = 8;
 
 /// Products of at most this many multiplications run on the calling thread: about 3 microseconds' worth.
@@ -238,12 +237,12 @@ impl Right for Lanes {
 
     fn pack(&self, task: usize, block: &Block, dst: Shared<f32>, packing: Packing) {
         let first = task * TASK_PANELS * PANEL;
-        for col in (first..block.nc.min(first + TASK_PANELS * PANEL)).step_by(PANEL) {
-            let dst = dst.at(col * packing.steps(block.kc));
-            let lanes = (block.nc - col).min(PANEL);
-            // SAFETY: the lanes lie within B; each panel has its own part of the scratch.
-            unsafe { pack(&self.at(block.n0 + col, block.k0), lanes, block.kc, dst, PANEL, packing) };
-        }
+        let last = block.nc.min(first + TASK_PANELS * PANEL);
+        let src = self.at(block.n0 + first, block.k0);
+        let steps = packing.steps(block.kc);
+        let group = |g: usize| (dst.at((first + g * PANEL) * steps), PANEL);
+        // SAFETY: the lanes lie within B; each panel has its own part of the scratch.
+        unsafe { pack_groups(&src, (last - first, PANEL), block.kc, group, packing) };
     }
 }
 
@@ -324,13 +323,15 @@ pub(crate) fn product<B: Right>(pool: &Pool, p: &Product<B>, tiles: &Tiles, pack
                         p.b.pack(t, &block, b_pack, packing);
                     } else {
                         let t = t - b_tasks;
-                        for strip in t * TASK_STRIPS..strips.min((t + 1) * TASK_STRIPS) {
-                            let row = strip * tiles.strip;
-                            let dst = a_pack.at(row * steps);
-                            let rows = (mc - row).min(tiles.strip);
-                            // SAFETY: the lanes lie within A; each strip has its own part of the scratch.
-                            unsafe { pack(&p.a.at(m0 + row, k0), rows, kc, dst, rows, packing) };
-                        }
+                        let first = t * TASK_STRIPS * tiles.strip;
+                        let rows = (mc - first).min(TASK_STRIPS * tiles.strip);
+                        let strip = |g: usize| {
+                            let row = first + g * tiles.strip;
+                            (a_pack.at(row * steps), (mc - row).min(tiles.strip))
+                        };
+                        let src = p.a.at(m0 + first, k0);
+                        // SAFETY: the lanes lie within A; each strip has its own part of the scratch.
+                        unsafe { pack_groups(&src, (rows, tiles.strip), kc, strip, packing) };
                     }
                 });
                 let n_tasks = panels.div_ceil(TASK_PANELS);

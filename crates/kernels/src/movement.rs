@@ -416,12 +416,32 @@ pub fn scatter_add(
     values: &View,
     rows: &View,
 ) -> Result<(), Error> {
-    let simd = ctx.cpu().simd;
+    check_scatter_add(out, values, rows)?;
+    fill(ctx, mem, out, 0.0)?;
+    scatter_add_to(ctx, mem, out, values, rows)
+}
+
+fn check_scatter_add(out: &View, values: &View, rows: &View) -> Result<(), Error> {
     check_rows("scatter_add", out, values, rows)?;
     if out.dtype != DType::F32 {
         return Err(Error::View { want: "F32 output", view: Box::new(out.clone()) });
     }
-    fill(ctx, mem, out, 0.0)?;
+    Ok(())
+}
+
+/// As [`scatter_add`], without setting `out` to 0 first.
+///
+/// # Errors
+/// As [`scatter_add`].
+pub fn scatter_add_to(
+    ctx: &Context,
+    mem: &mut Memory,
+    out: &View,
+    values: &View,
+    rows: &View,
+) -> Result<(), Error> {
+    let simd = ctx.cpu().simd;
+    check_scatter_add(out, values, rows)?;
     let ([out_ptr], [values_ptr, rows_ptr]) = mem.resolve([out], [values, rows], false)?;
     // SAFETY: resolved just now; the output does not overlap it.
     let list = unsafe { indices("scatter_add", rows, rows_ptr, out.layout.shape[0], false)? };
@@ -654,6 +674,17 @@ mod tests {
             let values = View::contiguous(a, DType::F32, &[n, width]);
             scatter_add(&Context::new(threads, Cpu::detect()), &mut mem, &out, &values, &index).unwrap();
             let mut want = vec![0f32; rows * width];
+            let x: &[f32] = bytemuck::cast_slice(mem.bytes(a));
+            for (i, &r) in list.iter().enumerate() {
+                (0..width).for_each(|c| want[r as usize * width + c] += x[i * width + c]);
+            }
+            assert_eq!(mem.f32(&out).unwrap(), want);
+            let (none, ctx) =
+                (View::contiguous(a, DType::F32, &[0, width]), Context::new(threads, Cpu::detect()));
+            scatter_add_to(&ctx, &mut mem, &out, &none, &View::contiguous(index.slab, DType::I32, &[0]))
+                .unwrap();
+            assert_eq!(mem.f32(&out).unwrap(), want);
+            scatter_add_to(&ctx, &mut mem, &out, &values, &index).unwrap();
             let x: &[f32] = bytemuck::cast_slice(mem.bytes(a));
             for (i, &r) in list.iter().enumerate() {
                 (0..width).for_each(|c| want[r as usize * width + c] += x[i * width + c]);

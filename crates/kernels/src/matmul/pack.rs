@@ -114,6 +114,42 @@ pub(crate) unsafe fn pack(
     }
 }
 
+/// Steps packed at a time where lanes are neighbours: of each of these rows, all groups are taken before the next rows,
+/// so that memory is read in runs of all lanes and not of one group. A multiple of the vector versions' steps.
+const RUN: usize = 32;
+
+/// Packs `(lanes, width)` in groups of `width`, each `[step][width]` at the address and of the width that `group` gives
+/// for its index (the last may be narrower).
+///
+/// # Safety
+/// As for [`pack`], for each group.
+pub(crate) unsafe fn pack_groups(
+    src: &Lanes,
+    (lanes, width): (usize, usize),
+    kc: usize,
+    group: impl Fn(usize) -> (*mut f32, usize),
+    packing: Packing,
+) {
+    let run = if src.lane == 1 && src.k != 1 { RUN } else { kc };
+    for k in (0..kc).step_by(run.max(1)) {
+        for g in 0..lanes.div_ceil(width) {
+            let (dst, wide) = group(g);
+            let dst = dst.wrapping_add(packing.steps(k) * wide);
+            // SAFETY: the caller's promise.
+            unsafe {
+                pack(
+                    &src.at(g * width, k),
+                    (lanes - g * width).min(width),
+                    run.min(kc - k),
+                    dst,
+                    wide,
+                    packing,
+                )
+            };
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn write(
     get: impl Fn(usize) -> f32,

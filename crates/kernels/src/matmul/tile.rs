@@ -158,6 +158,12 @@ mod x86 {
                 let (mut a, mut b) = (t.a, t.b);
                 // SAFETY: the caller's promise: A and B hold `steps` steps, C `MR` rows of `NP` panels.
                 unsafe {
+                    // C comes from far away: it travels while the sums are made.
+                    for i in 0..MR {
+                        for j in 0..NP {
+                            _mm_prefetch::<_MM_HINT_T0>(t.c.add(i * t.ldc + j * PANEL).cast());
+                        }
+                    }
                     for _ in 0..t.steps {
                         let mut bs = [_mm512_setzero_ps(); NP];
                         for j in 0..NP {
