@@ -28,7 +28,7 @@ mod rows;
 
 pub use passes::{Options, Pass, compile};
 pub use program::{Instr, Kernel, Operand, Place, Program, RowProgram, Step, Store, Val};
-pub use report::{PassReport, Report};
+pub use report::{PassReport, Recompute, Report};
 
 use sparsam_ir::{NodeId, VerifyError};
 use std::panic::Location;
@@ -46,6 +46,18 @@ pub enum Error {
         pass: &'static str,
         /// The rule and where it is broken.
         what: String,
+    },
+    /// No program fits the budget.
+    #[error(
+        "compiler: the step does not fit into {:.3} GB even if all is computed again; it needs {:.3} GB: raise the memory \
+         budget, or take fewer tokens a step",
+        *budget as f64 / 1e9, *least as f64 / 1e9
+    )]
+    Memory {
+        /// The budget, in bytes.
+        budget: usize,
+        /// The least that some program needs, in bytes.
+        least: usize,
     },
     /// No kernel does this.
     #[error("compiler: node {node}: no kernel for {what} (traced at {at})")]

@@ -366,7 +366,7 @@ impl Lower<'_> {
                 let (values, rows) = (self.input(n.inputs[0]), self.input(n.inputs[1]));
                 let (values, rows) = (self.contiguous(values), self.contiguous(rows));
                 let out = self.temp(dtype, shape);
-                self.step(Kernel::ScatterAdd, vec![out.clone()], vec![values, rows]);
+                self.step(Kernel::ScatterAdd { add: false }, vec![out.clone()], vec![values, rows]);
                 Value::At(out)
             }
             Op::Attention(a) => {

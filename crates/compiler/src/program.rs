@@ -147,8 +147,12 @@ pub enum Kernel {
     WeightDecode,
     /// out (R, ..) <- table (V, ..), rows I32 (R).
     Gather,
-    /// out (V, ..) <- values (R, ..), rows I32 (R): zero, then added up per row.
-    ScatterAdd,
+    /// out (V, ..) <- values (R, ..), rows I32 (R): zero, then added up per row. With `add` also <- out: added to what
+    /// is there.
+    ScatterAdd {
+        /// Whether the values are added to the output, which is then the third input.
+        add: bool,
+    },
     /// state (S, ..) <- values (R, ..), slots I32 (R): rows replaced in place.
     ScatterRows,
     /// out <- in of the same shape, converted.
@@ -179,7 +183,7 @@ impl Kernel {
             Kernel::WeightGather => "weight gather",
             Kernel::WeightDecode => "weight decode",
             Kernel::Gather => "gather",
-            Kernel::ScatterAdd => "scatter add",
+            Kernel::ScatterAdd { .. } => "scatter add",
             Kernel::ScatterRows => "scatter rows",
             Kernel::Copy => "copy",
             Kernel::Attention { .. } => "attention",
@@ -375,11 +379,12 @@ impl fmt::Display for Step {
                 }
                 write!(f, " {parts:?}")?;
             }
+            Kernel::ScatterAdd { add: true } => f.write_str(" to")?,
             Kernel::Row(_)
             | Kernel::WeightGather
             | Kernel::WeightDecode
             | Kernel::Gather
-            | Kernel::ScatterAdd
+            | Kernel::ScatterAdd { add: false }
             | Kernel::ScatterRows
             | Kernel::Copy => {}
         }

@@ -124,7 +124,9 @@ fn other(step: &Step, kernel: &Kernel, memory: &mut [Vec<f64>]) -> Result<(), In
         Kernel::WeightMatmulT { .. } => vec![(matmul(false), vec![0, 1])],
         Kernel::WeightGather | Kernel::Gather => vec![(Op::Gather, vec![0, 1])],
         Kernel::WeightDecode | Kernel::Copy => vec![(Op::Cast(step.outs[0].dtype), vec![0])],
-        Kernel::ScatterAdd => vec![(Op::ScatterAdd { rows: step.outs[0].layout.shape[0] }, vec![0, 1])],
+        Kernel::ScatterAdd { .. } => {
+            vec![(Op::ScatterAdd { rows: step.outs[0].layout.shape[0] }, vec![0, 1])]
+        }
         Kernel::ScatterRows => vec![(Op::ScatterRows, vec![step.ins.len(), 0, 1])],
         Kernel::Attention { scale, window, softcap, layout, parts } => {
             let op = |part: &AttentionPart| {
@@ -165,7 +167,7 @@ fn other(step: &Step, kernel: &Kernel, memory: &mut [Vec<f64>]) -> Result<(), In
         graph.outputs.push(("y".into(), id));
         let result = interpret(&graph, &mut leaves, Rounding::None)?;
         let mut data = result["y"].data.clone();
-        if let Kernel::Matmul { add: true, .. } = kernel {
+        if let Kernel::Matmul { add: true, .. } | Kernel::ScatterAdd { add: true } = kernel {
             data.iter_mut().zip(get(out, memory).data).for_each(|(x, before)| *x += before);
         }
         put(out, &data, memory);

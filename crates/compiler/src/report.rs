@@ -17,6 +17,21 @@ pub struct PassReport {
     pub bytes_moved: Option<usize>,
 }
 
+/// What was computed again to fit a budget of memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recompute {
+    /// The budget, in bytes.
+    pub budget: usize,
+    /// Parts of the forward pass between points where one value is all that goes on.
+    pub segments: usize,
+    /// Segments of which all but products is computed again.
+    pub cheap: usize,
+    /// Segments that are computed again as a whole.
+    pub all: usize,
+    /// Rows of logits that exist at once, where the budget chose them.
+    pub loss_rows: Option<usize>,
+}
+
 /// What compiling did to a graph. Kernels and bytes of the eager form stand beside those of the result.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
@@ -32,6 +47,10 @@ pub struct Report {
     pub arena_before: usize,
     /// Arena of the result.
     pub arena: usize,
+    /// Bytes that the result needs: arena, inputs, states, and weights as they are stored.
+    pub memory: usize,
+    /// What was computed again, if there was a budget.
+    pub recompute: Option<Recompute>,
     /// In the order in which they ran; those switched off are absent.
     pub passes: Vec<PassReport>,
 }
@@ -50,6 +69,16 @@ impl fmt::Display for Report {
         };
         row(f, "bytes moved", self.bytes_before, self.bytes)?;
         row(f, "arena", self.arena_before, self.arena)?;
+        writeln!(f, "{:<14} {:>12} {:>12}", "memory", "", megabytes(self.memory))?;
+        if let Some(r) = &self.recompute {
+            let Recompute { segments, cheap, all, .. } = r;
+            write!(f, "\nbudget {}: computed again, of {segments} segments: ", megabytes(r.budget))?;
+            write!(f, "{cheap} but for products, {all} as a whole")?;
+            match r.loss_rows {
+                Some(rows) => writeln!(f, "; {rows} rows of logits at once")?,
+                None => writeln!(f)?,
+            }
+        }
         if self.passes.is_empty() {
             return Ok(());
         }

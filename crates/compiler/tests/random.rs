@@ -1,11 +1,11 @@
-//! Random graphs, forward and with gradients, mean the same compiled, eager and with each pass off.
+//! Random graphs, forward and with gradients, mean the same compiled, eager, with each pass off, and in little memory.
 
 #[path = "common/random.rs"]
 mod random;
 
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 use random::Kinds;
-use sparsam_compiler::{Options, Pass, compile, reference};
+use sparsam_compiler::{Error, Options, Pass, compile, reference};
 use sparsam_ir::interpret::{Rounding, interpret};
 
 /// Everything in f64, but constants that a pass folds are rounded to f32: a wrong program differs by more.
@@ -14,7 +14,15 @@ fn check(bytes: &[u8], kinds: Kinds) -> Result<(), TestCaseError> {
     let fail = |what: String| TestCaseError::fail(format!("{what}\n{graph}"));
     let mut after = leaves.clone();
     let want = interpret(&graph, &mut after, Rounding::None).map_err(|e| fail(e.to_string()))?;
-    for options in [Options::eager(), Options::default()].into_iter().chain(Pass::ALL.map(Options::without)) {
+    let mut ways = vec![Options::eager(), Options::default()];
+    ways.extend(Pass::ALL.map(Options::without));
+    // All that can be computed again is.
+    if let Err(Error::Memory { least, .. }) =
+        compile(&graph, &Options { memory: Some(0), ..Options::default() })
+    {
+        ways.push(Options { memory: Some(least), ..Options::default() });
+    }
+    for options in ways {
         let program = compile(&graph, &options).map_err(|e| fail(format!("{options:?}: {e}")))?;
         let mut state = leaves.clone();
         let got = reference::run(&program, &mut state).map_err(|e| fail(format!("{options:?}: {e}")))?;

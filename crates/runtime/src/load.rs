@@ -31,7 +31,8 @@ pub(crate) enum Kind {
     WeightGather(Arc<Weight>),
     WeightDecode(Arc<Weight>),
     Gather,
-    ScatterAdd,
+    /// Whether to add to what is there.
+    ScatterAdd(bool),
     ScatterRows,
     Copy,
     /// Which output is what (indices into `outs`), and the page size where keys lie in pages.
@@ -209,7 +210,7 @@ impl Session {
                 Kernel::WeightGather => Kind::WeightGather(weight(0)?),
                 Kernel::WeightDecode => Kind::WeightDecode(weight(0)?),
                 Kernel::Gather => Kind::Gather,
-                Kernel::ScatterAdd => Kind::ScatterAdd,
+                Kernel::ScatterAdd { add } => Kind::ScatterAdd(*add),
                 Kernel::ScatterRows => Kind::ScatterRows,
                 Kernel::Copy => Kind::Copy,
                 Kernel::Attention { scale, window, softcap, layout, parts } => {
@@ -281,7 +282,7 @@ fn is_packed_operand(kernel: &Kernel, i: usize) -> bool {
         Kernel::Row(_)
         | Kernel::Matmul { .. }
         | Kernel::Gather
-        | Kernel::ScatterAdd
+        | Kernel::ScatterAdd { .. }
         | Kernel::ScatterRows
         | Kernel::Copy
         | Kernel::Attention { .. } => false,

@@ -21,12 +21,18 @@ pub struct KernelTime {
 pub struct Profile {
     /// One entry a kind, in order of first use.
     pub kernels: Vec<KernelTime>,
+    /// Time of each kernel call by its position in the program; where several programs run in turn, of all of them.
+    pub steps: Vec<Duration>,
     /// Runs counted.
     pub runs: usize,
 }
 
 impl Profile {
-    pub(crate) fn add(&mut self, kernel: &'static str, time: Duration, bytes: usize) {
+    pub(crate) fn add(&mut self, step: usize, kernel: &'static str, time: Duration, bytes: usize) {
+        if self.steps.len() <= step {
+            self.steps.resize(step + 1, Duration::ZERO);
+        }
+        self.steps[step] += time;
         match self.kernels.iter_mut().find(|k| k.kernel == kernel) {
             Some(k) => {
                 k.calls += 1;

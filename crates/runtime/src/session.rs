@@ -196,7 +196,7 @@ impl Session {
                 source,
             })?;
             if let (Some(p), Some(start)) = (&mut self.profile, start) {
-                p.add(call.name, start.elapsed(), call.bytes);
+                p.add(i, call.name, start.elapsed(), call.bytes);
             }
         }
         if let Some(p) = &mut self.profile {
@@ -284,7 +284,8 @@ fn run_call(ctx: &Context, mem: &mut Memory, call: &Call) -> Result<(), sparsam_
             w.decode_rows(0, bytemuck::cast_slice_mut(bytes))
         }
         Kind::Gather => movement::gather(ctx, mem, &outs[0], &ins[0], &ins[1]),
-        Kind::ScatterAdd => movement::scatter_add(ctx, mem, &outs[0], &ins[0], &ins[1]),
+        Kind::ScatterAdd(false) => movement::scatter_add(ctx, mem, &outs[0], &ins[0], &ins[1]),
+        Kind::ScatterAdd(true) => movement::scatter_add_to(ctx, mem, &outs[0], &ins[0], &ins[1]),
         Kind::ScatterRows => movement::scatter_rows(ctx, mem, &outs[0], &ins[0], &ins[1]),
         Kind::Copy => movement::copy(ctx, mem, &outs[0], &ins[0]),
         Kind::Attention { scores, out, lse, page_size } => {

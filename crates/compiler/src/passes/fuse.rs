@@ -39,12 +39,17 @@ use crate::rows::{Builder, Points, as_stored, closure, points, rebase, widen};
 use sparsam_ir::{Binary, Layout, Unary};
 
 /// Instructions, inputs and outputs of one row program: kept small enough that its tiles stay in L1.
-const MOST_INSTRS: usize = 160;
-const MOST_INPUTS: usize = 20;
-const MOST_OUTPUTS: usize = 10;
+pub(super) const MOST_INSTRS: usize = 160;
+pub(super) const MOST_INPUTS: usize = 20;
+pub(super) const MOST_OUTPUTS: usize = 10;
 
 /// Earlier readers of a shared operand that are tried as partners.
 const PARTNERS: usize = 8;
+
+/// Programs that move more than this (bytes) are joined only if what both load is at least one part in [`LITTLE`] of
+/// what they move: below, starting a kernel costs more than the bytes.
+const SMALL: usize = 256 << 10;
+const LITTLE: usize = 16;
 
 /// Fuses row programs until nothing fits any more.
 pub(crate) fn fuse(program: &mut Program) {
@@ -144,7 +149,7 @@ impl Fuser {
         'again: loop {
             let Some(step) = self.steps[j].as_ref().filter(|s| s.row().is_some()) else { return };
             let mut found: Vec<usize> = Vec::new();
-            for o in step.ins.iter().filter(|o| self.temp[o.place]) {
+            for o in &step.ins {
                 if let [i] = self.writers[o.place][..]
                     && i < j
                     && !found.contains(&i)
@@ -242,7 +247,8 @@ impl Fuser {
         for (k, o) in second.ins.iter().enumerate() {
             let Some(out) = first.outs.iter().position(|out| out.place == o.place) else { continue };
             let &(_, v, how) = p.stores.iter().find(|s| s.0 == out)?;
-            if self.writers[o.place].len() != 1 || !self.temp[o.place] || how != Store::Rows {
+            // The one writer of a state made what every later step reads of it.
+            if self.writers[o.place].len() != 1 || how != Store::Rows {
                 return None;
             }
             if !c.instrs.contains(&Instr::Load { input: k }) {
@@ -278,7 +284,8 @@ impl Fuser {
         let all_rows = (0..first.outs.len()).filter(|&o| used(o)).all(|out| {
             let place = first.outs[out].place;
             let row = |r: &usize| self.steps[*r].as_ref().is_some_and(|s| s.row().is_some());
-            !self.kept[place] && self.readers[place].iter().all(row)
+            // A state holds its new value by then, and what made it may have read the old one.
+            self.temp[place] && !self.kept[place] && self.readers[place].iter().all(row)
         });
         if !cheap || !all_rows {
             return None;
@@ -350,7 +357,13 @@ impl Fuser {
         let (first, second) = (self.steps[i].as_ref()?, self.steps[j].as_ref()?);
         let (p, c) = (first.row()?, second.row()?);
         let depends = second.ins.iter().any(|o| first.outs.iter().any(|out| out.place == o.place));
-        if p.shape != c.shape || depends || !second.ins.iter().any(|o| first.ins.contains(o)) {
+        let shared: usize = second.ins.iter().filter(|o| first.ins.contains(o)).map(|o| o.bytes()).sum();
+        if p.shape != c.shape || depends || shared == 0 {
+            return None;
+        }
+        // A learning rate that all updates read is no reason to keep all gradients until the last.
+        let moved = first.bytes() + second.bytes();
+        if moved > SMALL && shared * LITTLE < moved {
             return None;
         }
         let at = self.position(i, j)?;
@@ -377,7 +390,7 @@ impl Fuser {
 }
 
 /// Adds all of `step`, over its own domain.
-fn append(
+pub(super) fn append(
     b: &mut Builder,
     step: &Step,
     p: &RowProgram,
@@ -433,7 +446,7 @@ mod tests {
 
     #[test]
     fn one_kernel_each() {
-        let one: [(&str, Model); 8] = [
+        let one: [(&str, Model); 9] = [
             ("softmax", |t| x(t).softmax()),
             ("norm with its residual", |t| {
                 let y = x(t) + t.input("r", &[4, 8], DType::F32);
@@ -452,6 +465,12 @@ mod tests {
             }),
             ("through a reshape", |t| x(t).exp().reshape(&[2, 2, 8]).neg()),
             ("through a transpose", |t| x(t).exp().t().neg()),
+            ("a state and what is made of its new value", |t| {
+                let (m, p) = (t.state("m", &[4, 8], DType::F32), t.state("p", &[4, 8], DType::F32));
+                let m = m.assign(&(m.mul_scalar(0.5) + x(t)));
+                p.assign(&(&p - &m));
+                m.mul_scalar(2.0)
+            }),
             ("bias gradient", |t| (x(t) * x(t)).sum(&[0])),
         ];
         for (what, f) in one {

@@ -1,22 +1,27 @@
 //! The pipeline: one list of named passes, read from top to bottom.
 
+mod accumulate;
 mod collapse;
 mod cse;
 mod dce;
 mod fuse;
+mod hoist;
 mod in_place;
 mod merge;
 mod plan;
+mod precision;
+mod recompute;
 mod rewrite;
 mod schedule;
 mod simplify;
 #[cfg(test)]
 pub(crate) mod testing;
+mod thin;
 
 use crate::program::Program;
 use crate::report::{PassReport, Report};
 use crate::{Error, check, lower};
-use sparsam_ir::{Graph, verify};
+use sparsam_ir::{Graph, Precision, verify};
 
 /// A pass, by name; each can be switched off alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,12 +32,18 @@ pub enum Pass {
     Cse,
     /// Nodes that no result needs go. Graph to graph.
     Dce,
+    /// Products that are only added to something add in place.
+    Accumulate,
     /// Row programs take in row programs.
     Fuse,
+    /// What is kept for later shrinks to what the rest can be computed from again.
+    Thin,
     /// Products of one activation with several weights become one kernel.
     Merge,
     /// Steps move to where they are needed.
     Schedule,
+    /// Updates of states move up to where their values are made.
+    Hoist,
     /// Axes that need no counting of their own are merged; pure moves become copies.
     Collapse,
     /// Results take the place of operands that end with them.
@@ -41,13 +52,16 @@ pub enum Pass {
 
 impl Pass {
     /// In the order in which they run.
-    pub const ALL: [Pass; 8] = [
+    pub const ALL: [Pass; 11] = [
         Pass::Simplify,
         Pass::Cse,
         Pass::Dce,
+        Pass::Accumulate,
         Pass::Fuse,
+        Pass::Thin,
         Pass::Merge,
         Pass::Schedule,
+        Pass::Hoist,
         Pass::Collapse,
         Pass::InPlace,
     ];
@@ -58,9 +72,12 @@ impl Pass {
             Pass::Simplify => "simplify",
             Pass::Cse => "cse",
             Pass::Dce => "dce",
+            Pass::Accumulate => "accumulate",
             Pass::Fuse => "fuse",
+            Pass::Thin => "thin",
             Pass::Merge => "merge",
             Pass::Schedule => "schedule",
+            Pass::Hoist => "hoist",
             Pass::Collapse => "collapse",
             Pass::InPlace => "in_place",
         }
@@ -81,6 +98,12 @@ pub struct Options {
     pub off: Vec<Pass>,
     /// Rows of a cross-entropy's logits that exist at once; `None`: as many as take 128 MiB.
     pub loss_rows: Option<usize>,
+    /// Bytes that all may take together: arena, inputs, states, and weights as they are stored. Where the program
+    /// takes more, forward values are computed again in the backward pass until it fits. Not for eager.
+    pub memory: Option<usize>,
+    /// What all products are computed in, but those in 8 bits; `None`: as they were traced. [`Precision::Bf16`] rounds
+    /// operands as they are read and sums in f32; parameters, moments and everything else stay in f32.
+    pub precision: Option<Precision>,
 }
 
 impl Options {
@@ -100,6 +123,8 @@ impl Options {
 /// In debug builds graph and program are checked after each pass, and an error names the pass.
 pub fn compile(graph: &Graph, options: &Options) -> Result<Program, Error> {
     verify(graph).map_err(Error::Graph)?;
+    let other = options.precision.map(|p| precision::precision(graph, p));
+    let graph = other.as_ref().unwrap_or(graph);
     let mut plain = lower::lower(graph, options.loss_rows)?;
     checked("lower", &plain, false)?;
     plan::plan(&mut plain);
@@ -114,6 +139,7 @@ pub fn compile(graph: &Graph, options: &Options) -> Result<Program, Error> {
     report.kernels = program.steps.len();
     report.bytes = program.bytes_moved();
     report.arena = program.arena_bytes;
+    report.memory = recompute::memory(&program);
     program.report = report;
     Ok(program)
 }
@@ -140,13 +166,48 @@ fn optimised(graph: &Graph, options: &Options, report: &mut Report) -> Result<Pr
         graph = std::borrow::Cow::Owned(new);
     }
 
-    let mut program = lower::lower(&graph, options.loss_rows)?;
+    let Some(budget) = options.memory else {
+        return on_program(&graph, options, options.loss_rows, &mut report.passes);
+    };
+    let graph_passes = report.passes.len();
+    let (mut passes, mut best) = (Vec::new(), usize::MAX);
+    let (program, choice) = recompute::fit(&graph, budget, options.loss_rows, |graph, loss_rows| {
+        let mut these = Vec::new();
+        let program = on_program(graph, options, loss_rows, &mut these)?;
+        // What the report shows is the last one that fits.
+        let memory = recompute::memory(&program);
+        if memory <= budget || memory < best {
+            (passes, best) = (these, memory);
+        }
+        Ok(program)
+    })?;
+    report.passes.truncate(graph_passes);
+    report.passes.append(&mut passes);
+    report.recompute = Some(choice);
+    Ok(program)
+}
+
+/// From the last graph to the planned program.
+fn on_program(
+    graph: &Graph,
+    options: &Options,
+    loss_rows: Option<usize>,
+    passes: &mut Vec<PassReport>,
+) -> Result<Program, Error> {
+    let on = |pass: Pass| !options.off.contains(&pass);
+    if cfg!(debug_assertions) {
+        verify(graph).map_err(|e| Error::Pass { pass: "recompute", what: e.to_string() })?;
+    }
+    let mut program = lower::lower(graph, loss_rows)?;
     checked("lower", &program, false)?;
     type OnProgram = fn(&mut Program);
-    let on_program: [(Pass, OnProgram); 5] = [
+    let on_program: [(Pass, OnProgram); 8] = [
+        (Pass::Accumulate, accumulate::accumulate),
         (Pass::Fuse, fuse::fuse),
+        (Pass::Thin, thin::thin),
         (Pass::Merge, merge::merge),
         (Pass::Schedule, schedule::schedule),
+        (Pass::Hoist, hoist::hoist),
         (Pass::Collapse, collapse::collapse),
         (Pass::InPlace, in_place::in_place),
     ];
@@ -155,7 +216,7 @@ fn optimised(graph: &Graph, options: &Options, report: &mut Report) -> Result<Pr
         run(&mut program);
         checked(pass.name(), &program, false)?;
         let (after, bytes_moved) = (program.steps.len(), Some(program.bytes_moved()));
-        report.passes.push(PassReport { name: pass.name(), before, after, unit: "kernels", bytes_moved });
+        passes.push(PassReport { name: pass.name(), before, after, unit: "kernels", bytes_moved });
     }
     plan::plan(&mut program);
     checked("plan", &program, true)?;
