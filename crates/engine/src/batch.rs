@@ -199,8 +199,8 @@ impl Batcher {
         Ok(outputs)
     }
 
-    /// Gives waiting requests a place, as long as there are places.
-    fn admit(&mut self) {
+    /// Gives waiting requests a place, as long as there are places; [`Batcher::step`] does so, too.
+    pub fn admit(&mut self) {
         let places = self.runner.options().sequences;
         while self.active.len() < places
             && let Some(mut job) = self.waiting.pop_front()

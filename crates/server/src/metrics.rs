@@ -17,6 +17,8 @@ pub(crate) struct Metrics {
     pub generated_tokens: AtomicU64,
     pub active: AtomicU64,
     pub waiting: AtomicU64,
+    /// Answers asked for that the worker has not seen yet; no metric of its own.
+    pub unseen: AtomicU64,
     pub cache_free: AtomicU64,
     pub cache_size: AtomicU64,
     first_token: [AtomicU64; BOUNDS.len()],

@@ -70,7 +70,9 @@ impl Worker {
 
     /// Hands the answers of one client over, or refuses them all if too many wait.
     pub fn submit(&self, asks: Vec<Ask>) -> Result<(), ApiError> {
-        let waiting = self.metrics.waiting.load(Ordering::Relaxed) as usize;
+        let waiting = &self.metrics.waiting;
+        let waiting =
+            (waiting.load(Ordering::Relaxed) + self.metrics.unseen.load(Ordering::Relaxed)) as usize;
         if waiting + asks.len() > self.queue.max(asks.len()) {
             add(&self.metrics.refused, asks.len());
             let message = format!("{waiting} requests wait already; try again later");
@@ -78,7 +80,7 @@ impl Worker {
         }
         add(&self.metrics.requests, asks.len());
         // Counted at once, so that a burst between two steps of the worker is seen.
-        add(&self.metrics.waiting, asks.len());
+        add(&self.metrics.unseen, asks.len());
         for ask in asks {
             self.asks.send(ask).map_err(|_| stopped())?;
         }
@@ -97,6 +99,7 @@ fn stopped() -> ApiError {
 fn run(mut batcher: Batcher, asks: Receiver<Ask>, metrics: &Metrics) {
     let mut clients: HashMap<JobId, Client> = HashMap::new();
     let accept = |batcher: &mut Batcher, clients: &mut HashMap<JobId, Client>, ask: Ask| {
+        metrics.unseen.fetch_sub(1, Ordering::Relaxed);
         add(&metrics.prompt_tokens, ask.request.prompt.len());
         match batcher.submit(ask.request, ask.n_logprobs) {
             Ok(id) => {
@@ -124,6 +127,7 @@ fn run(mut batcher: Batcher, asks: Receiver<Ask>, metrics: &Metrics) {
             clients.remove(&id);
             add(&metrics.cancelled, 1);
         }
+        batcher.admit();
         publish(&batcher, metrics);
         match batcher.step() {
             Ok(outputs) => {

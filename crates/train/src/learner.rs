@@ -77,6 +77,7 @@ impl Outcome {
     }
 }
 
+#[allow(clippy::large_enum_variant)] // a learner has one of these
 enum Programs {
     /// One program for the whole step.
     Whole(Step),
