@@ -23,7 +23,9 @@ impl Bpe {
         let pre =
             pre.ok_or_else(|| bad("the pre-tokeniser is not named (tokenizer.ggml.pre is missing)".into()))?;
         let splitter = Splitter::by_name(pre)?;
-        if merges.is_empty() {
+        // A vocabulary of bytes alone needs none.
+        let joined = |(text, kind): (&String, &Kind)| *kind == Kind::Normal && text.chars().nth(1).is_some();
+        if merges.is_empty() && vocab.tokens.iter().zip(&vocab.kinds).any(joined) {
             return Err(bad("no merges (tokenizer.ggml.merges is missing or empty)".into()));
         }
         let mut byte_ids = [NO_ID; 256];

@@ -116,6 +116,20 @@ mod tests {
     }
 
     #[test]
+    fn new_vocabularies_have_the_same_ids_as_gguf() {
+        let learnt = byte_level_bpe(["ab ab abc 12 12"; 9].iter(), 280).unwrap();
+        for files in [byte_vocabulary(), learnt] {
+            let t = open(&files);
+            let gguf = Tokenizer::from_gguf(t.to_gguf(t.vocab_size()).unwrap()).unwrap();
+            for text in ["ab abc 12", "a €\n\n z", ""] {
+                let ids = t.encode(text, Specials::default()).unwrap();
+                assert_eq!(gguf.encode(text, Specials::default()).unwrap(), ids, "{text:?}");
+            }
+            assert_eq!((gguf.eos(), gguf.vocab_size()), (t.eos(), t.vocab_size()));
+        }
+    }
+
+    #[test]
     fn merges_are_learnt_the_same_each_time() {
         let texts = || ["the cat and the hat and the bat\n", "the the thé €"].into_iter().cycle().take(40);
         let files = byte_level_bpe(texts(), 300).unwrap();
