@@ -88,9 +88,7 @@ fn close(what: &str, got: &[f32], want: &[f32], f32_error: f32) {
     let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
     let off = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     let bound = 2.0 * f32_error + 1e-6 * largest;
-    if !(got.len() == want.len() && off <= bound) {
-        println!("BAD {what}: off by {off:.1e}, at most {bound:.1e}, largest {largest:e}");
-    }
+    assert!(got.len() == want.len() && off <= bound, "{what}: off by {off:.1e}, at most {bound:.1e}");
     assert!(got.iter().all(|x| x.is_finite()), "{what}");
 }
 
