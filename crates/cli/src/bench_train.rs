@@ -3,13 +3,15 @@
 use crate::text;
 use crate::train::ArchName;
 use serde_json::{Value, json};
-use sparsam_runtime::Options;
+
+use sparsam_runtime::{Options, Precision};
 use sparsam_train::bench::{Bench, bench};
 
 /// One optimiser step (AdamW, no clipping) of a new model on made-up tokens
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   sparsam bench train --arch gpt2 --size 124M --batch 2 --seq 512
+  sparsam bench train --dtype bf16 --memory 1.9GB
   sparsam bench train --size 30M --vocab 8192 --eager     node by node, without the compiler
 
 The share of the peak counts the products' and attention's arithmetic against the machine's own best, measured.")]
@@ -32,6 +34,9 @@ pub struct Args {
     /// Numbers to compute with
     #[arg(long, default_value = "f32")]
     dtype: DtypeName,
+    /// Most bytes that weights, moments and activations may take: what does not fit is computed again
+    #[arg(long, value_name = "SIZE", conflicts_with = "eager", value_parser = text::parse_bytes)]
+    memory: Option<usize>,
     /// Run node by node, without the compiler
     #[arg(long)]
     eager: bool,
@@ -56,11 +61,17 @@ pub struct Args {
 enum DtypeName {
     /// 32-bit floats throughout
     F32,
+    /// Products in bfloat16 with sums, parameters and moments in 32 bits
+    Bf16,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let options = if args.eager { Options::eager() } else { Options::default() };
-    let DtypeName::F32 = args.dtype;
+    let precision = match args.dtype {
+        DtypeName::F32 => None,
+        DtypeName::Bf16 => Some(Precision::Bf16),
+    };
+    let plain = if args.eager { Options::eager() } else { Options::default() };
+    let options = Options { precision, memory: args.memory, ..plain };
     let what = Bench {
         arch: args.arch.into(),
         size: args.size,

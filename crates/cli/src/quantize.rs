@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long = "type", value_name = "TYPE", required_unless_present_any = ["size", "bits"])]
     type_name: Option<String>,
     /// The largest file, such as 80MB: bits go where measuring says that they matter
-    #[arg(long, value_name = "SIZE", conflicts_with_all = ["type_name", "bits"], value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["type_name", "bits"], value_parser = crate::text::parse_bytes)]
     size: Option<usize>,
     /// Bits a weight on average, such as 3.5, spread like --size
     #[arg(long, value_name = "BITS", conflicts_with = "type_name")]
@@ -216,27 +216,6 @@ fn warn(plan: &[TensorPlan], quiet: bool) {
             "note: {} matrices are rounded already (from {least:.1} bits); their first rounding is kept as part of the error",
             bits.len()
         );
-    }
-}
-
-/// A size such as `70MB`, `1.5 GiB` or plain bytes.
-fn parse_size(text: &str) -> Result<usize, String> {
-    let text = text.trim();
-    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(at);
-    let factor = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "k" | "kb" => 1e3,
-        "m" | "mb" => 1e6,
-        "g" | "gb" => 1e9,
-        "kib" => 1024.0,
-        "mib" => 1_048_576.0,
-        "gib" => 1_073_741_824.0,
-        _ => return Err(format!("{unit:?} is no unit; write MB, GB, MiB or GiB")),
-    };
-    match number.parse::<f64>() {
-        Ok(n) if n > 0.0 && (n * factor).is_finite() => Ok((n * factor) as usize),
-        _ => Err("write a number and a unit, such as 70MB".into()),
     }
 }
 

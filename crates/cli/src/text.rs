@@ -107,6 +107,27 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     out
 }
 
+/// A size such as `70MB`, `1.5 GiB` or plain bytes.
+pub fn parse_bytes(text: &str) -> Result<usize, String> {
+    let text = text.trim();
+    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1_048_576.0,
+        "gib" => 1_073_741_824.0,
+        _ => return Err(format!("{unit:?} is no unit; write MB, GB, MiB or GiB")),
+    };
+    match number.parse::<f64>() {
+        Ok(n) if n > 0.0 && (n * factor).is_finite() => Ok((n * factor) as usize),
+        _ => Err("write a number and a unit, such as 70MB".into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

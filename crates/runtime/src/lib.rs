@@ -37,6 +37,7 @@ pub use load::Step;
 pub use profile::{KernelTime, Profile};
 pub use session::{Data, Outputs, Session};
 pub use sparsam_compiler::{Error as CompileError, Kernel, Options, Pass, Program, Recompute, Report};
+pub use sparsam_ir::Precision;
 pub use sparsam_kernels::roof::Arithmetic;
 pub use sparsam_kernels::{Cpu, Simd};
 pub use weights::Weights;

@@ -100,7 +100,7 @@ pub fn bench(b: &Bench, profile: bool) -> Result<Measured, Error> {
     sorted.sort_by(f64::total_cmp);
     let n_tokens = (b.batch * b.seq) as f64;
     let tokens_per_second = n_tokens / sorted[sorted.len() / 2];
-    let peak_flops = peak_flops(b.threads)?;
+    let peak_flops = peak_flops(b.threads, b.options.precision)?;
     let flops = 3.0 * model.flops_per_token(b.seq.div_ceil(2))?;
     let planned_bytes = learner.bytes();
     Ok(Measured {

@@ -24,7 +24,7 @@ use sparsam_formats::{AtomicFile, Kind, Source};
 use sparsam_kernels::roof::{self, Arithmetic};
 use sparsam_kernels::{Context, Cpu};
 use sparsam_models::Model;
-use sparsam_runtime::{Device, Options};
+use sparsam_runtime::{Device, Options, Precision};
 use sparsam_tokenizer::{Specials, Tokenizer};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -167,7 +167,7 @@ impl Run {
         // A token sees half of its row on average; the gradient takes twice what the loss takes.
         let method = p.finetuned.as_ref().map(|f| f.method);
         let flop_per_token = lora::passes(method) * p.model.flops_per_token(settings.ctx.div_ceil(2))?;
-        let peak = peak_flops(settings.threads)?;
+        let peak = peak_flops(settings.threads, None)?;
         Ok(Run {
             folder: folder.to_path_buf(),
             config,
@@ -546,11 +546,15 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     Ok(file.commit()?)
 }
 
-/// Operations a second that this machine can do at most in f32, with `threads` (0: all).
+/// Operations a second that this machine can do at most in `precision` (`None`: f32), with `threads` (0: all).
 ///
 /// # Errors
 /// If `SPARSAM_SIMD` asks for what the machine lacks.
-pub fn peak_flops(threads: usize) -> Result<f64, Error> {
+pub fn peak_flops(threads: usize, precision: Option<Precision>) -> Result<f64, Error> {
     let cpu = Cpu::from_env().map_err(sparsam_runtime::Error::Device)?;
-    Ok(roof::peak(&Context::new(threads, cpu), Arithmetic::F32))
+    let kind = match precision {
+        Some(Precision::Bf16) => Arithmetic::Bf16,
+        _ => Arithmetic::F32,
+    };
+    Ok(roof::peak(&Context::new(threads, cpu), kind))
 }
