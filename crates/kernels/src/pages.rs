@@ -27,8 +27,10 @@ impl Region {
     fn new(bytes: usize) -> Option<Region> {
         let map = MmapMut::map_anon(bytes.checked_add(LARGE)?).ok()?;
         let start = map.as_ptr().align_offset(LARGE);
+        // Only what is filled to its end: a large page costs all of itself as soon as one byte is touched. If it fails,
+        // ordinary pages serve, too.
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage); // ordinary pages serve, too
+        let _ = map.advise_range(memmap2::Advice::HugePage, start, bytes / LARGE * LARGE);
         Some(Region { map, start })
     }
 }

@@ -1,8 +1,11 @@
 //! A small pool of threads with spinning barriers.
 //!
 //! Decoding one token runs hundreds of parallel regions of a few microseconds; a general work-stealing pool spends
-//! more on entering one than the region takes. Here a region is one store and one spin: workers watch an epoch
-//! counter, spin for a while after each region and only then sleep.
+//! more on entering one than the region takes. Here a region is one store and one spin: workers watch one word of
+//! state, spin for a while after each region and only then sleep.
+//!
+//! The caller waits for the workers that have entered its region, not for those that never came: on a machine that
+//! others use too, a worker without a core costs its share of the work and nothing more.
 //!
 //! Tasks are claimed one after the other by whichever thread is free, so a task must not depend on who runs it:
 //! results never change with the number of threads as long as the *tasks* do not.
@@ -17,6 +20,16 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 /// Turns of the spin loop before a waiting worker sleeps: about a tenth of a millisecond, longer than any gap
 /// between the regions of one token and short against a person's patience with an idle, hot core.
 const SPINS: u32 = 20_000;
+
+/// Turns after which a waiting caller gives its core away at each turn: whom it waits for may have none.
+const PATIENCE: u32 = 2_000;
+
+/// In [`Shared::state`]: the region takes workers.
+const OPEN: u64 = 1 << 16;
+/// In [`Shared::state`]: workers inside the region.
+const INSIDE_MASK: u64 = OPEN - 1;
+/// In [`Shared::state`]: the region's number counts in these steps.
+const EPOCH: u64 = OPEN << 1;
 
 thread_local! {
     /// Whether this thread is inside a region, where a nested one runs alone.
@@ -39,11 +52,10 @@ struct Job {
 }
 
 struct Shared {
-    epoch: AtomicU64,
+    /// The region's number, whether it is [`OPEN`], and how many workers are in it.
+    state: AtomicU64,
     job: UnsafeCell<Job>,
     next: AtomicUsize,
-    /// Workers that have not finished the current region.
-    pending: AtomicUsize,
     sleepers: AtomicUsize,
     stop: AtomicBool,
     lock: Mutex<()>,
@@ -51,8 +63,8 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `job` is written only by the caller that holds `Pool::caller` while no worker is in a region (`pending`
-// is 0), and read by workers only after the epoch store that follows the write (release, acquire).
+// SAFETY: `job` is written only by the caller that holds `Pool::caller` while the region is closed and no worker is in
+// it, and read by workers only after they have entered an open one, whose opening follows the write (release, acquire).
 unsafe impl Sync for Shared {}
 // SAFETY: the pointer in `job` is used only while `Pool::run` keeps its target alive.
 unsafe impl Send for Shared {}
@@ -62,10 +74,9 @@ impl Pool {
     pub fn new(threads: usize) -> Pool {
         unsafe fn nothing(_: *const (), _: usize) {}
         let shared = Arc::new(Shared {
-            epoch: AtomicU64::new(0),
+            state: AtomicU64::new(0),
             job: UnsafeCell::new(Job { data: std::ptr::null(), call: nothing, tasks: 0 }),
             next: AtomicUsize::new(0),
-            pending: AtomicUsize::new(0),
             sleepers: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             lock: Mutex::new(()),
@@ -121,19 +132,17 @@ impl Pool {
         }
         let guard = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
         let s = &*self.shared;
-        // SAFETY: the last region has ended (`pending` was 0), so no worker reads the job.
+        // SAFETY: the last region is closed and all that entered it have left, so no worker reads the job.
         unsafe { *s.job.get() = Job { data: (&raw const task).cast(), call: call::<F>, tasks } };
         s.next.store(0, Ordering::Relaxed);
-        s.pending.store(self.workers.len(), Ordering::Relaxed);
-        s.epoch.fetch_add(1, Ordering::SeqCst);
-        if s.sleepers.load(Ordering::SeqCst) > 0 {
-            drop(s.lock.lock());
-            s.wake.notify_all();
-        }
+        s.state.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
+        s.wake();
         s.work();
-        let mut spins = 0;
-        while s.pending.load(Ordering::Acquire) != 0 {
-            spin(&mut spins);
+        s.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut turns = 0;
+        while s.state.load(Ordering::Acquire) & INSIDE_MASK != 0 {
+            turns += 1;
+            if turns < PATIENCE { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         let panic = s.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(guard);
@@ -143,15 +152,9 @@ impl Pool {
     }
 }
 
-/// One turn of waiting; gives the core away now and then, for machines with fewer cores than threads.
-fn spin(turns: &mut u32) {
-    *turns = turns.wrapping_add(1);
-    if (*turns).is_multiple_of(SPINS) { std::thread::yield_now() } else { std::hint::spin_loop() }
-}
-
 impl Shared {
     fn work(&self) {
-        // SAFETY: between the epoch store and the caller's wait for `pending` the job is not written.
+        // SAFETY: the caller writes no job while anybody, itself included, is in the region.
         let job = unsafe { *self.job.get() };
         INSIDE.set(true);
         loop {
@@ -167,29 +170,41 @@ impl Shared {
         INSIDE.set(false);
     }
 
+    /// Wakes the workers that sleep.
+    fn wake(&self) {
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            drop(self.lock.lock());
+            self.wake.notify_all();
+        }
+    }
+
     fn worker(&self) {
         let mut seen = 0;
-        loop {
-            let mut turns = 0;
-            while self.epoch.load(Ordering::SeqCst) == seen {
-                if turns < SPINS {
-                    turns += 1;
-                    std::hint::spin_loop();
-                    continue;
+        let mut turns = 0;
+        while !self.stop.load(Ordering::SeqCst) {
+            let state = self.state.load(Ordering::SeqCst);
+            if state & OPEN != 0 && state / EPOCH != seen {
+                // Fails when the region was closed or another worker entered in between: look again.
+                if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+                {
+                    seen = state / EPOCH;
+                    self.work();
+                    self.state.fetch_sub(1, Ordering::Release);
+                    turns = 0;
                 }
-                let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+            } else if turns < SPINS {
+                turns += 1;
+                std::hint::spin_loop();
+            } else {
+                let held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
                 self.sleepers.fetch_add(1, Ordering::SeqCst);
-                while self.epoch.load(Ordering::SeqCst) == seen {
-                    held = self.wake.wait(held).unwrap_or_else(PoisonError::into_inner);
+                // Whoever changes the state after this look sees a sleeper and wakes it.
+                if self.state.load(Ordering::SeqCst) == state && !self.stop.load(Ordering::SeqCst) {
+                    drop(self.wake.wait(held).unwrap_or_else(PoisonError::into_inner));
                 }
                 self.sleepers.fetch_sub(1, Ordering::SeqCst);
+                turns = 0;
             }
-            seen += 1;
-            if self.stop.load(Ordering::SeqCst) {
-                return;
-            }
-            self.work();
-            self.pending.fetch_sub(1, Ordering::Release);
         }
     }
 }
@@ -197,9 +212,7 @@ impl Shared {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
-        drop(self.shared.lock.lock());
-        self.shared.wake.notify_all();
+        self.shared.wake();
         for worker in self.workers.drain(..) {
             // A worker catches the panics of tasks and has none of its own.
             let _ = worker.join();
@@ -231,6 +244,26 @@ mod tests {
             });
         });
         assert_eq!(n.into_inner(), 30);
+    }
+
+    /// Most workers have no core here: regions open and close without them, and nothing is lost or done twice.
+    #[test]
+    fn more_threads_than_cores() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let pool = Pool::new(8 * cores);
+        let sum = AtomicUsize::new(0);
+        let regions = 2000;
+        for r in 0..regions {
+            let tasks = 2 + r % 5;
+            let seen = [const { AtomicBool::new(false) }; 7];
+            pool.run(tasks, |i| {
+                assert!(!seen[i].swap(true, Ordering::Relaxed), "task {i} of region {r} ran twice");
+                sum.fetch_add(1, Ordering::Relaxed);
+            });
+            let done = seen.iter().filter(|s| s.load(Ordering::Relaxed)).count();
+            assert_eq!(done, tasks, "region {r}");
+        }
+        assert_eq!(sum.into_inner(), (0..regions).map(|r| 2 + r % 5).sum());
     }
 
     #[test]
