@@ -152,7 +152,7 @@ unsafe fn run_task(cpu: Cpu, t: &Task) {
     // SAFETY: the caller's contract.
     unsafe {
         #[cfg(target_arch = "x86_64")]
-        if t.p.pairs(cpu, &[&t.b.q, &t.b.k, &t.b.v]) {
+        if t.p.pairs(cpu, &[&t.b.k, &t.b.v]) {
             return run_pairs(t);
         }
         run_single(cpu.simd, t)
