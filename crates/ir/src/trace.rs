@@ -39,6 +39,8 @@ struct Recorder {
     /// Inputs and weights asked for so far: one leaf a name, however often a model asks (a tied head, positions in
     /// every layer), so that its gradient and its binding are one.
     leaves: HashMap<String, NodeId>,
+    /// Parameters that are computed instead of read.
+    bound: HashMap<String, NodeId>,
 }
 
 /// A graph being recorded. Clones record into the same graph.
@@ -127,9 +129,38 @@ impl Trace {
         t
     }
 
+    /// From now on the parameter `name` is `value`: a model that asks for it gets what was computed, and gradients go on
+    /// behind it.
+    ///
+    /// ```
+    /// use sparsam_ir::{DType, Trace};
+    /// let t = Trace::new();
+    /// let (codes, scale) = (t.weight("codes", &[2, 3]), t.input("scale", &[2, 1], DType::F32));
+    /// t.bind("w", &(codes * scale));
+    /// assert_eq!(t.weight("w", &[2, 3]).shape(), [2, 3]);
+    /// ```
+    pub fn bind(&self, name: &str, value: &Tensor) {
+        if let Some(id) = value.id {
+            self.0.borrow_mut().bound.insert(name.to_string(), id);
+        }
+    }
+
     /// The parameter `name`, which must have `shape`, as it is stored. Asked for twice, it is the same node.
     #[track_caller]
     pub fn weight(&self, name: &str, shape: &[usize]) -> Tensor {
+        let bound = self.0.borrow().bound.get(name).copied();
+        if let Some(id) = bound {
+            let t = self.tensor(id);
+            if t.shape() != shape {
+                let have = t.shape();
+                self.fail(
+                    "weight",
+                    format!("{name} is bound to a value of shape {have:?}, the model wants {shape:?}"),
+                );
+                return self.nothing();
+            }
+            return t;
+        }
         let known = self.0.borrow().weights.as_ref().map(|w| w.get(name).cloned());
         let dtype = match known {
             None => DType::F32,
