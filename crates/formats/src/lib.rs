@@ -16,6 +16,7 @@ mod body;
 mod error;
 pub mod gguf;
 pub mod gptq;
+pub mod imatrix;
 #[allow(unsafe_code)]
 mod mmap;
 pub mod safetensors;
