@@ -195,7 +195,9 @@ impl<'a> Scorer<'a> {
             return Err(Error::Context { what });
         }
         let bos = match (protocol.windows, &engine.opened().tokenizer) {
-            (Windows::SideBySide, Some(tokenizer)) => wants_bos(tokenizer).then(|| tokenizer.bos()).flatten(),
+            (Windows::SideBySide, Some(tokenizer)) => {
+                begins_with_bos(tokenizer).then(|| tokenizer.bos()).flatten()
+            }
             _ => None,
         };
         let runner = engine.runner_with(1, protocol.context)?;
@@ -234,7 +236,7 @@ impl<'a> Scorer<'a> {
 }
 
 /// Whether the tokenizer puts BOS in front of a text.
-fn wants_bos(tokenizer: &sparsam_tokenizer::Tokenizer) -> bool {
+pub fn begins_with_bos(tokenizer: &sparsam_tokenizer::Tokenizer) -> bool {
     let specials = sparsam_tokenizer::Specials { add: true, parse: false };
     let first = tokenizer.encode("a", specials).ok().and_then(|ids| ids.first().copied());
     first.is_some() && first == tokenizer.bos()

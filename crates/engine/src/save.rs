@@ -8,7 +8,6 @@ mod head;
 mod plan;
 
 use crate::Error;
-use folder::Folder;
 use sparsam_dtype::{DType, codec};
 use sparsam_formats::{Kind, TensorSpec, Transform, gguf};
 use sparsam_models::{Constant, Model};
@@ -17,6 +16,8 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
+pub use folder::Folder;
+pub use head::sidecars;
 pub use plan::{Plan, storable};
 
 /// A model that is being written.
@@ -112,7 +113,7 @@ impl Saver {
                 (Out::Gguf(file), head.tensors, head.notes)
             }
             Kind::Safetensors => {
-                let sidecars = head::sidecars(path, model, tokenizer, plan)?;
+                let sidecars = sidecars(path, model, tokenizer, plan)?;
                 let folder = Folder::create(path, specs, plan.shard_bytes, sidecars)?;
                 (Out::Folder(Box::new(folder)), Vec::new(), Vec::new())
             }

@@ -7,7 +7,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-pub(super) struct Folder {
+/// A folder of safetensors shards and the files beside them that is being written: nothing is at its path before
+/// [`Folder::finish`].
+pub struct Folder {
     path: PathBuf,
     temporary: Temporary,
     shards: Vec<Shard>,
@@ -38,6 +40,10 @@ fn io<T>(doing: &str, path: &Path, result: std::io::Result<T>) -> Result<T, Erro
 }
 
 impl Folder {
+    /// Starts it: shards of at most `shard_bytes`, tensors in the order of `specs`, and the files `sidecars` by name.
+    ///
+    /// # Errors
+    /// If a folder at `path` is not empty, a tensor's type is none of safetensors, or the disk is full.
     pub fn create(
         path: &Path,
         specs: Vec<TensorSpec>,
@@ -80,6 +86,13 @@ impl Folder {
         self.writer.take().map_or(Ok(()), safetensors::Writer::finish).map_err(Error::from)
     }
 
+    /// Writes the next tensor, whole.
+    ///
+    /// # Errors
+    /// If it is another's turn, the length is not the announced one, or the disk is full.
+    ///
+    /// # Panics
+    /// If no tensor of that name was announced.
     pub fn append(&mut self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         while !self.shards[self.current].tensors.iter().any(|t| t.name == name) {
             self.close()?;
@@ -90,6 +103,10 @@ impl Folder {
         Ok(writer.append(name, bytes)?)
     }
 
+    /// Makes the folder appear at its path.
+    ///
+    /// # Errors
+    /// If a tensor is missing, or the disk is full or fails.
     pub fn finish(mut self) -> Result<(), Error> {
         self.close()?;
         let mut files = std::mem::take(&mut self.sidecars);

@@ -121,8 +121,11 @@ fn write_vocab(vocab: &GgufVocab, m: &mut Metadata) {
     }
 }
 
-/// Name and bytes of the files that lie beside a safetensors model.
-pub(super) fn sidecars(
+/// Name and bytes of the files that lie beside a safetensors model at `path`: configuration and tokenizer.
+///
+/// # Errors
+/// If they cannot be said in Hugging Face's files.
+pub fn sidecars(
     path: &Path,
     model: &Model,
     tokenizer: Option<&Tokenizer>,
