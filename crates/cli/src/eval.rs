@@ -15,7 +15,8 @@ use std::time::Instant;
   sparsam eval model.gguf --perplexity wiki.txt --chunks 16        as llama.cpp's llama-perplexity
   sparsam eval model.gguf --perplexity wiki.txt --stride 256       sliding windows, as Hugging Face's guide
   sparsam eval model.gguf --perplexity wiki.txt --exact --json
-  sparsam eval small.gguf --perplexity wiki.txt --against model.gguf
+  sparsam eval small.gguf model.gguf --perplexity wiki.txt         divergence of the first from the second
+  sparsam eval small.gguf other.gguf                               what their passports say, if by one protocol
   sparsam eval model.gguf --task sums.jsonl --answer-regex '#### (-?[0-9,.]+)'
   sparsam eval model.gguf --adapter runs/sums/adapter --task sums.jsonl --equation
 
@@ -23,8 +24,11 @@ Perplexities can be compared only if protocol, context and text are the same.")]
 pub struct Args {
     /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
     model: String,
+    /// A second model: compared with on the text; without a text, by what both files say of themselves
+    #[arg(value_name = "OTHER", conflicts_with_all = ["against", "task"])]
+    other: Option<String>,
     /// Text whose perplexity is measured
-    #[arg(long, value_name = "FILE", required_unless_present = "task")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["task", "other"])]
     perplexity: Option<PathBuf>,
     #[command(flatten)]
     task: crate::task::TaskArgs,
@@ -50,6 +54,9 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let Some(file) = &args.perplexity else {
+        if let Some(other) = &args.other {
+            return crate::passport::compare(&args.model, other, args.json);
+        }
         return crate::task::run(&args.task, &args.model, &args.load, args.json);
     };
     let content = std::fs::read_to_string(file)
@@ -60,7 +67,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let windows = args.stride.map_or(Windows::SideBySide, Windows::Sliding);
     let protocol = Protocol { context: args.ctx, windows, chunks: args.chunks };
     eprintln!("{}", engine.describe());
-    if let Some(reference) = &args.against {
+    if let Some(reference) = args.against.as_ref().or(args.other.as_ref()) {
         return against(&args, &engine, reference, &tokens, &protocol);
     }
     let start = Instant::now();

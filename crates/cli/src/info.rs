@@ -1,6 +1,6 @@
 //! `sparsam info`: what a model is and what it needs.
 
-use crate::{model, text};
+use crate::{model, passport, text};
 use serde_json::json;
 use sparsam_dtype::DType;
 use sparsam_engine::Opened;
@@ -81,6 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "chat_template": opened.tokenizer.as_ref().is_some_and(|t| t.chat_template().is_some()),
             "types": by_type.collect::<serde_json::Map<_, _>>(),
             "memory": memory.collect::<Vec<_>>(),
+            "passport": passport::of(&opened).map(|p| p.to_json()),
         });
         if args.tensors {
             let tensors = opened.source.tensors().iter();
@@ -129,6 +130,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     lines.push(("tokenizer", tokenizer(&opened)));
     for (name, value) in lines {
         text::say(format_args!("{name:<13} {value}"))?;
+    }
+
+    if let Some(passport) = passport::of(&opened) {
+        text::say("")?;
+        for (name, value) in passport.lines() {
+            text::say(format_args!("{name:<13} {value}"))?;
+        }
     }
 
     let rows: Vec<Vec<String>> = groups

@@ -19,6 +19,7 @@ mod load;
 mod man;
 mod merge;
 mod model;
+mod passport;
 mod plan;
 mod probe;
 mod quantize;

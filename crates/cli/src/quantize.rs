@@ -1,61 +1,83 @@
 //! `sparsam quantize`: a smaller model, and what it lost.
 
-use crate::{model, text};
+mod calibration;
+mod goal;
+mod report;
+
+use crate::ledger::Ledger;
+use crate::{model, passport, probe, text};
 use anyhow::{Context, bail};
-use serde_json::json;
-use sparsam_dtype::DType;
-use sparsam_engine::{Engine, Opened, Options, Protocol, Windows, compare};
-use sparsam_formats::gguf;
+use calibration::Calibration;
+use sparsam_dtype::codec;
+use sparsam_engine::Opened;
+use sparsam_formats::{gguf, imatrix};
+use sparsam_quantize::heal::Heal;
+use sparsam_quantize::passport::{KEY, Passport};
 use sparsam_quantize::recipe::{self, TensorPlan};
-use sparsam_quantize::report::{Report, Score};
-use sparsam_quantize::stream::{Gptq, Job, Layer, Method};
-use sparsam_quantize::{Tokens, budget, gptq};
+use sparsam_quantize::report::Report;
+use sparsam_quantize::stream::{Gptq, Job, Method};
+use sparsam_quantize::{Tokens, free, gptq};
 use sparsam_runtime::Device;
-use sparsam_tokenizer::Specials;
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Write a smaller model: weights rounded to fewer bits, errors compensated (GPTQ)
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  sparsam quantize model.gguf -o small.gguf --type Q4_0 --calibration text.txt
+  sparsam quantize model.gguf -o small.gguf --type Q4_0
+  sparsam quantize model.gguf -o small.gguf --type Q4_0 --calibration text.txt --heal 40 --eval other.txt
   sparsam quantize model.gguf -o small.gguf --type Q4_K_M --method nearest
-  sparsam quantize model.gguf -o small.gguf --type Q4_0 --calibration text.txt --dry-run
-  sparsam quantize model.gguf -o small.gguf --size 70MB --calibration text.txt --eval other.txt
+  sparsam quantize model.gguf -o small.gguf --type Q4_0 --imatrix imatrix.gguf
+  sparsam quantize model.gguf -o small.gguf --size 70MB --calibration chats.jsonl
+  sparsam quantize model.gguf -o small.gguf --kl 0.05
+  sparsam quantize model.gguf -o small.gguf --fit 8GB --ctx 4096
+  sparsam quantize ./folder -o folder-gptq --type GPTQ4 --group-size 64
+  sparsam quantize model.gguf -o small.gguf --type Q4_0 --dry-run
+  sparsam quantize model.gguf -o small.gguf --type Q4_0 --redo blk.3.ffn_down.weight --damping 0.1
 
-A killed run goes on where it was when it is started again with the same settings.")]
+Without --calibration the model writes its calibration text itself. A killed run goes on where it was when it is started
+again with the same settings.")]
 pub struct Args {
     /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
     model: String,
-    /// The GGUF file to write
+    /// The GGUF file to write; for --type GPTQ4 and the like, the folder
     #[arg(short, long)]
     output: PathBuf,
-    /// A type of GGUF: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, or a mixture such as Q4_K_M
-    #[arg(long = "type", value_name = "TYPE", required_unless_present_any = ["size", "bits"])]
-    type_name: Option<String>,
-    /// The largest file, such as 80MB: bits go where measuring says that they matter
-    #[arg(long, value_name = "SIZE", conflicts_with_all = ["type_name", "bits"], value_parser = crate::text::parse_bytes)]
-    size: Option<usize>,
-    /// Bits a weight on average, such as 3.5, spread like --size
-    #[arg(long, value_name = "BITS", conflicts_with = "type_name")]
-    bits: Option<f64>,
-    /// How codes are chosen: gptq moves errors into weights that can make up for them, nearest does not
-    #[arg(long, value_enum, default_value_t = MethodName::Gptq)]
-    method: MethodName,
-    /// Text for GPTQ to calibrate on, like what the model will read: .txt, or .jsonl with a string in each line's object
+    #[command(flatten)]
+    goal: Goal,
+    /// GPTQ2 to GPTQ8: inputs that share a scale, a multiple of 32, or 0 for whole rows
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    group_size: usize,
+    /// GPTQ2 to GPTQ8: a zero point for each group instead of the middle code
+    #[arg(long)]
+    zeros: bool,
+    /// How codes are chosen: gptq moves errors into weights that can make up for them, nearest does not (default: gptq;
+    /// nearest with --imatrix)
+    #[arg(long, value_enum)]
+    method: Option<MethodName>,
+    /// llama.cpp's importance matrix, GGUF or .dat: which inputs matter, for --method nearest
+    #[arg(long, value_name = "FILE")]
+    imatrix: Option<PathBuf>,
+    /// After rounding, tune scales, norms and biases of each block by this many steps towards the original block's output
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    heal: usize,
+    /// Text for GPTQ to calibrate on, like what the model will read: .txt, or .jsonl (dialogues, or strings in each line's
+    /// object); without it the model writes it
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     /// Skip this many tokens of the calibration text, for instance what the model is scored on afterwards
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     calibration_skip: usize,
     /// Calibration sequences
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 32)]
     samples: usize,
-    /// Tokens of each calibration sequence
-    #[arg(long, default_value_t = 512)]
-    ctx: usize,
+    /// Tokens of each calibration sequence (default: 512); with --fit, of the context that shall fit
+    #[arg(long, value_name = "TOKENS", value_parser = crate::load::positive)]
+    ctx: Option<usize>,
+    /// Tokens of each calibration sequence, beside --fit
+    #[arg(long, value_name = "TOKENS", value_parser = crate::load::positive)]
+    calibration_ctx: Option<usize>,
     /// Added to the diagonal of each layer's Hessian, as a share of its mean
     #[arg(long, default_value_t = 0.01)]
     damping: f32,
@@ -68,7 +90,14 @@ pub struct Args {
     /// Round columns in their own order, not those with the largest inputs first
     #[arg(long)]
     no_act_order: bool,
-    /// Score both models on this text: perplexity, divergence, agreement
+    /// Round this tensor anew (by its name in the report) and take all others from the file that --output names; may be
+    /// given more than once
+    #[arg(long, value_name = "TENSOR", conflicts_with_all = ["size", "bits", "fit", "kl"])]
+    redo: Vec<String>,
+    /// Most memory for calibration activations, such as 1GB; beyond it they go to disk
+    #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes)]
+    memory: Option<usize>,
+    /// Score both models on this text: perplexity, divergence, agreement; speed and memory too
     #[arg(long, value_name = "FILE")]
     eval: Option<PathBuf>,
     /// Threads (0: all cores)
@@ -82,49 +111,107 @@ pub struct Args {
     json: bool,
 }
 
+/// What is wanted.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct Goal {
+    /// A type of GGUF: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, or a mixture such as Q4_K_M; or
+    /// GPTQ2, GPTQ3, GPTQ4, GPTQ8: a folder in GPTQ's layout, as vLLM and transformers load it
+    #[arg(long = "type", value_name = "TYPE")]
+    type_name: Option<String>,
+    /// The largest file, such as 80MB: bits go where measuring says that they matter
+    #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes)]
+    size: Option<usize>,
+    /// Bits a weight on average, such as 3.5, spread like --size
+    #[arg(long, value_name = "BITS")]
+    bits: Option<f64>,
+    /// The most memory when the model runs with --ctx tokens, such as 8GB, spread like --size
+    #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes)]
+    fit: Option<usize>,
+    /// The largest divergence from the original, in nats a token, such as 0.02: the smallest file that keeps to it with
+    /// nearest codes (GPTQ then does better)
+    #[arg(long, value_name = "NATS")]
+    kl: Option<f64>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum MethodName {
     Gptq,
     Nearest,
 }
 
+impl Args {
+    fn method(&self) -> MethodName {
+        match self.method {
+            Some(method) => method,
+            None if self.imatrix.is_some() => MethodName::Nearest,
+            None => MethodName::Gptq,
+        }
+    }
+
+    /// Bits of GPTQ's layout, if that is wanted.
+    fn gptq_bits(&self) -> Option<u32> {
+        let name = self.goal.type_name.as_ref()?.to_ascii_uppercase();
+        name.strip_prefix("GPTQ")?.trim_start_matches(['_', '-']).parse().ok()
+    }
+
+    fn needs_text(&self) -> bool {
+        self.method() == MethodName::Gptq || self.heal > 0 || self.goal.type_name.is_none()
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        if !(0.0..=1.0).contains(&self.asymmetric) || self.damping.is_nan() || self.damping < 0.0 {
+            bail!(
+                "--asymmetric goes from 0 to 1 and --damping from 0 up; they are {} and {}",
+                self.asymmetric,
+                self.damping
+            );
+        }
+        if self.imatrix.is_some() && self.method() == MethodName::Gptq {
+            bail!(
+                "an importance matrix says of each input how much it matters, GPTQ wants to know how inputs go together: give --calibration, or --method nearest with --imatrix"
+            );
+        }
+        for (name, value) in [("--bits", self.goal.bits), ("--kl", self.goal.kl)] {
+            if value.is_some_and(|v| v.is_nan() || v <= 0.0) {
+                bail!("{name} is {}; a number above 0 is wanted", value.unwrap_or_default());
+            }
+        }
+        if self.samples == 0 {
+            bail!("--samples is 0; at least one sequence is wanted");
+        }
+        Ok(())
+    }
+}
+
 pub fn run(args: Args) -> anyhow::Result<()> {
     let start = Instant::now();
+    args.check()?;
     let path = model::resolve(&args.model)?;
     let opened = sparsam_engine::open(&path)?;
-    check_output(&args.output, &opened)?;
-    if !(0.0..=1.0).contains(&args.asymmetric) || args.damping.is_nan() || args.damping < 0.0 {
-        bail!(
-            "--asymmetric goes from 0 to 1 and --damping from 0 up; they are {} and {}",
-            args.asymmetric,
-            args.damping
-        );
-    }
-    let Some(metadata) = opened.source.gguf_metadata() else {
-        bail!("{}: only GGUF models can be rounded yet; convert it first", path.display());
-    };
+    check_output(&args, &opened)?;
     let device = Device::cpu(args.threads)?;
-    let (plan, tokens) = match &args.type_name {
-        Some(name) => {
-            let plan = recipe::plan(&opened.model, &opened.source, name)?;
-            warn(&plan, args.json);
-            if args.dry_run {
-                return dry_run(&args, &opened, &plan);
-            }
-            let calibrated = args.method == MethodName::Gptq;
-            (plan, if calibrated { Some(calibration(&args, &opened)?) } else { None })
-        }
-        None => {
-            let tokens = calibration(&args, &opened)?;
-            let plan = plan_for_budget(&args, &opened, &tokens, &device)?;
-            warn(&plan, args.json);
-            if args.dry_run {
-                return dry_run(&args, &opened, &plan);
-            }
-            (plan, Some(tokens))
-        }
+    let importance = args.imatrix.as_ref().map(imatrix::read).transpose()?;
+    let named = named_plan(&args, &opened)?;
+    if let Some(plan) = named.as_ref().filter(|_| args.dry_run) {
+        warn(&args, plan, &opened)?;
+        return report::dry_run(&args, &opened, plan);
+    }
+    let calibration = if args.needs_text() { Some(Calibration::new(&args, &opened)?) } else { None };
+    if let (Some(c), Some(scored)) = (&calibration, &args.eval) {
+        warn_overlap(c, scored, &opened)?;
+    }
+    let tokens = calibration.as_ref().map(|c| &c.tokens);
+    let plan = match (named, tokens) {
+        (Some(plan), _) => plan,
+        (None, Some(tokens)) => goal::plan(&args, &opened, tokens, &device)?,
+        (None, None) => unreachable!("goals need text"),
     };
-    let method = match args.method {
+    warn(&args, &plan, &opened)?;
+    if args.dry_run {
+        return report::dry_run(&args, &opened, &plan);
+    }
+    let method = match args.method() {
         MethodName::Nearest => Method::Nearest,
         MethodName::Gptq => Method::Gptq(Gptq {
             damping: args.damping,
@@ -139,30 +226,116 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         device: &device,
         plan: &plan,
         method,
-        tokens: tokens.as_ref(),
-        identity: identity(&plan, &path, tokens.as_ref())?,
+        heal: (args.heal > 0).then(|| Heal::new(args.heal)),
+        importance: importance.as_ref(),
+        tokens,
+        memory: args.memory,
+        identity: identity(&args, &plan, &path, tokens)?,
         partial: partial_folder(&args.output),
     };
+    let mut ledger =
+        Ledger::new("quantize", probe::here(args.threads, &folder_of(&args.output), None), start);
+    ledger.parent("base", &path);
+    if !args.redo.is_empty() {
+        adopt(&args, &job)?;
+    }
     let bar = text::bar(1000, "rounding");
     let layers = job.run(&mut |share, name| {
         bar.set_position((share * 1000.0) as u64);
         bar.set_message(name.to_string());
     })?;
     bar.finish_and_clear();
-    let metadata = with_passport(metadata, &args, tokens.as_ref());
-    job.write_gguf(&args.output, &metadata)?;
-    job.clean();
+    let mut passport = first_passport(&args, &opened, calibration.as_ref())?;
+    write(&args, &job, &opened, &passport)?;
     let seconds = start.elapsed().as_secs_f64();
-    report(&args, &opened, &plan, layers, tokens.as_ref(), seconds)
+    let mut runs = None;
+    if let Some(text) = &args.eval {
+        // The file is safe by now; it is written once more with what scoring finds.
+        passport.score = Some(report::score(&args, &opened, text)?);
+        write(&args, &job, &opened, &passport)?;
+        runs = Some(report::runs(&args, &opened)?);
+    }
+    let bytes: usize = plan.iter().map(TensorPlan::bytes).sum();
+    let weights: usize = plan.iter().map(TensorPlan::numel).sum();
+    let report = Report {
+        output: name_of(&args.output),
+        bytes: size_of(&args.output)?,
+        parent_bytes: opened.source.tensors().iter().map(|t| t.bytes_len()).sum(),
+        bits_per_weight: 8.0 * bytes as f64 / weights as f64,
+        passport,
+        seconds,
+        runs,
+        healing: job.healing()?,
+        layers,
+    };
+    job.clean();
+    report::write(&args, &plan, &report)?;
+    let table = ledger.finish(&args.output, tokens.map(|t| t.len() as f64))?;
+    debug_assert!(table.is_none(), "nothing was forecast");
+    Ok(())
+}
+
+/// The types that `--type` names; `None` if a goal is to be met.
+fn named_plan(args: &Args, opened: &Opened) -> anyhow::Result<Option<Vec<TensorPlan>>> {
+    let Some(name) = &args.goal.type_name else { return Ok(None) };
+    let Some(bits) = args.gptq_bits() else {
+        return Ok(Some(recipe::plan(&opened.model, &opened.source, name)?));
+    };
+    let group = (args.group_size > 0).then_some(args.group_size);
+    let plan = recipe::plan_gptq(&opened.model, &opened.source, bits, group, !args.zeros)?;
+    let got = plan.iter().find_map(|p| p.plain).map(|p| p.group);
+    if let (Some(wanted), Some(got)) = (group, got)
+        && wanted != got
+        && !args.json
+    {
+        eprintln!("note: groups of {got}, since rows of this model are no whole groups of {wanted}");
+    }
+    Ok(Some(plan))
+}
+
+/// Writes the result where it belongs.
+fn write(args: &Args, job: &Job, opened: &Opened, passport: &Passport) -> anyhow::Result<()> {
+    if args.gptq_bits().is_some() {
+        // A folder is renamed into an empty place only.
+        if args.output.is_dir() {
+            std::fs::remove_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
+        }
+        job.write_gptq(&args.output, opened.tokenizer.as_ref(), &passport.to_json())?;
+    } else {
+        let metadata = with_passport(args, opened, passport);
+        job.write_gguf(&args.output, &metadata, opened.tokenizer.as_ref())?;
+    }
+    Ok(())
+}
+
+/// Takes what an earlier run wrote over, all but the tensors that are to be done anew.
+fn adopt(args: &Args, job: &Job) -> anyhow::Result<()> {
+    let file = sparsam_formats::Source::open(&args.output)
+        .with_context(|| format!("--redo takes all other tensors from {}", args.output.display()))?;
+    let beside = args.output.with_file_name(format!("{}.json", name_of(&args.output)));
+    let report = std::fs::read(beside).ok().and_then(|b| serde_json::from_slice::<Report>(&b).ok());
+    let layers = report.map(|r| r.layers).unwrap_or_default();
+    Ok(job.adopt(&file, &layers, &args.redo)?)
 }
 
 /// The output must not be the input, and its folder must be there: better said now than after minutes of work.
-fn check_output(output: &Path, opened: &Opened) -> anyhow::Result<()> {
-    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+fn check_output(args: &Args, opened: &Opened) -> anyhow::Result<()> {
+    let output = &args.output;
+    let folder = folder_of(output);
     if !folder.is_dir() {
         bail!("{}: there is no such folder; make it first", folder.display());
     }
-    if output.is_dir() {
+    if args.gptq_bits().is_some() {
+        let filled = output.is_dir() && std::fs::read_dir(output)?.next().is_some();
+        // One that is being made: the run was killed behind its end.
+        let ours = partial_folder(output).is_dir();
+        if output.is_file() || (filled && !ours) {
+            bail!("{}: is there already; name a new folder for GPTQ's layout", output.display());
+        }
+        if !args.redo.is_empty() {
+            bail!("--redo works on GGUF files");
+        }
+    } else if output.is_dir() {
         bail!("{}: is a folder; name a .gguf file in it", output.display());
     }
     let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
@@ -175,30 +348,57 @@ fn check_output(output: &Path, opened: &Opened) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn partial_folder(output: &Path) -> PathBuf {
-    let name = output.file_name().unwrap_or_default().to_string_lossy();
-    output.with_file_name(format!("{name}.partial"))
+fn folder_of(output: &Path) -> PathBuf {
+    output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_path_buf()
 }
 
-/// All that a partial result depends on, beside the method.
-fn identity(plan: &[TensorPlan], path: &Path, tokens: Option<&Tokens>) -> anyhow::Result<String> {
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().to_string()
+}
+
+/// Bytes of a file, or of the files in a folder.
+fn size_of(path: &Path) -> anyhow::Result<usize> {
+    if path.is_file() {
+        return Ok(std::fs::metadata(path)?.len() as usize);
+    }
+    let mut sum = 0;
+    for entry in std::fs::read_dir(path)? {
+        sum += entry?.metadata()?.len() as usize;
+    }
+    Ok(sum)
+}
+
+fn partial_folder(output: &Path) -> PathBuf {
+    output.with_file_name(format!("{}.partial", name_of(output)))
+}
+
+/// All that a partial result depends on, beside method and healing.
+fn identity(
+    args: &Args,
+    plan: &[TensorPlan],
+    path: &Path,
+    tokens: Option<&Tokens>,
+) -> anyhow::Result<String> {
     let meta = std::fs::metadata(path).with_context(|| path.display().to_string())?;
     let modified = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
     let calibration = tokens.map(|t| format!("{} x {}, {:016x}", t.samples(), t.ctx(), t.hash()));
+    let importance = args.imatrix.as_ref().map(|p| passport::sha256(p)).transpose()?;
     Ok(format!(
-        "{} {} bytes {:?} {} {}",
+        "{} {} bytes {:?} {} {} {} {:?}",
         path.canonicalize()?.display(),
         meta.len(),
         modified.map(|d| d.as_nanos()),
-        plan.iter().map(|p| p.to.to_string()).collect::<Vec<_>>().join(" "),
-        calibration.unwrap_or_default()
+        plan.iter().map(TensorPlan::stored_as).collect::<Vec<_>>().join(" "),
+        calibration.unwrap_or_default(),
+        importance.unwrap_or_default(),
+        args.redo
     ))
 }
 
 /// What is worth knowing before minutes of work, on stderr.
-fn warn(plan: &[TensorPlan], quiet: bool) {
-    if quiet {
-        return;
+fn warn(args: &Args, plan: &[TensorPlan], opened: &Opened) -> anyhow::Result<()> {
+    if args.json {
+        return Ok(());
     }
     let mut substitutes: BTreeMap<(String, String, usize), usize> = BTreeMap::new();
     for p in plan {
@@ -209,318 +409,121 @@ fn warn(plan: &[TensorPlan], quiet: bool) {
     for ((wanted, to, cols), n) in substitutes {
         eprintln!("note: {n} matrices become {to}: rows of {cols} are no whole blocks of {wanted}");
     }
-    let rounded = plan.iter().filter(|p| p.from.is_block() && p.grid().is_some());
-    let bits: Vec<f64> = rounded.map(|p| p.from.bits()).collect();
-    if let Some(least) = bits.iter().copied().reduce(f64::min) {
+    let rounded: Vec<&TensorPlan> = plan.iter().filter(|p| p.from.is_block() && p.grid().is_some()).collect();
+    if let Some(first) = rounded.first() {
+        let noise = first_rounding(opened, first)?;
         eprintln!(
-            "note: {} matrices are rounded already (from {least:.1} bits); their first rounding is kept as part of the error",
-            bits.len()
+            "note: {} matrices are rounded already ({}); their weights carry about {:.1}% of noise from that, which nothing takes away; what is reported counts from them, not from the weights before. Rounding those, if you have them, loses less",
+            rounded.len(),
+            first.from,
+            100.0 * noise
         );
     }
+    Ok(())
 }
 
-/// Tokens on which it is measured what each tensor matters.
-const PROBE_TOKENS: usize = 256;
-
-/// The types that fit the budget, chosen by measuring.
-fn plan_for_budget(
-    args: &Args,
-    opened: &Opened,
-    tokens: &Tokens,
-    device: &Device,
-) -> anyhow::Result<Vec<TensorPlan>> {
-    let (source, model) = (&opened.source, &opened.model);
-    let mut plan = recipe::plan_with(model, source, |_| DType::Q8_0)?;
-    let weights: usize = plan.iter().map(TensorPlan::numel).sum();
-    // Names, shapes and the vocabulary take what they take in the source.
-    let stored: usize = source.tensors().iter().map(|t| t.bytes_len().next_multiple_of(32)).sum();
-    let head = (std::fs::metadata(source.path())?.len() as usize).saturating_sub(stored) + PASSPORT_BYTES;
-    let budget = match (args.size, args.bits) {
-        (Some(size), _) => size.saturating_sub(head),
-        (None, bits) => (bits.unwrap_or_default() * weights as f64 / 8.0) as usize,
-    };
-    let bar = text::bar(1000, "measuring");
-    let probe = &tokens.ids()[..PROBE_TOKENS.min(tokens.ctx())];
-    let sensitivity = budget::sensitivity(source, model, device, &plan, probe, &mut |share, name| {
-        bar.set_position((share * 1000.0) as u64);
-        bar.set_message(name.to_string());
-    })?;
-    bar.finish_and_clear();
-    let choices = budget::choices(source, &plan, &sensitivity)?;
-    let Some(chosen) = budget::allocate(&choices, budget) else {
-        let least: usize = choices.iter().filter_map(|c| c.iter().map(|c| c.bytes).min()).sum();
-        bail!(
-            "the smallest file of this model that can be written takes {}; give --size {} or more",
-            text::bytes(least + head),
-            text::bytes(least + head)
-        );
-    };
-    for (i, p) in plan.iter_mut().enumerate() {
-        p.to = choices[i][chosen[i]].dtype;
-        p.wanted = None;
-    }
-    if !args.json {
-        text::say(allocation_table(&plan, &sensitivity))?;
-    }
-    Ok(plan)
-}
-
-/// What the passport's keys may take in the file.
-const PASSPORT_BYTES: usize = 4096;
-
-/// What went where: types and divergences by kind of tensor.
-fn allocation_table(plan: &[TensorPlan], sensitivity: &[f64]) -> String {
-    let mut kinds: Vec<(String, f64, BTreeMap<DType, usize>)> = Vec::new();
-    for (p, &kl) in plan.iter().zip(sensitivity).filter(|(p, _)| p.to.is_block()) {
-        let kind = match p.gguf_name.strip_prefix("blk.").and_then(|n| n.split_once('.')) {
-            Some((_, kind)) => kind.to_string(),
-            None => p.gguf_name.clone(),
-        };
-        let at = kinds.iter().position(|k| k.0 == kind).unwrap_or_else(|| {
-            kinds.push((kind, 0.0, BTreeMap::new()));
-            kinds.len() - 1
-        });
-        kinds[at].1 += kl;
-        *kinds[at].2.entry(p.to).or_default() += 1;
-    }
-    let rows: Vec<Vec<String>> = kinds
-        .into_iter()
-        .map(|(kind, kl, types)| {
-            let types: Vec<String> = types.iter().map(|(t, n)| format!("{n} {t}")).collect();
-            vec![kind, format!("{kl:.4}"), types.join(", ")]
-        })
-        .collect();
-    text::table(&["tensors", "divergence at 3 bits", "types"], &rows)
-}
-
-/// Calibration tokens from the file.
-fn calibration(args: &Args, opened: &Opened) -> anyhow::Result<Tokens> {
-    let Some(path) = &args.calibration else {
-        bail!(
-            "GPTQ needs text like what the model will read: give --calibration FILE, or choose --method nearest"
-        );
-    };
-    let text = read_text(path)?;
-    let ids = opened.tokenizer()?.encode(&text, Specials::default())?;
-    let ids = ids.get(args.calibration_skip..).unwrap_or_default();
-    Ok(Tokens::new(ids, args.samples, args.ctx)?)
-}
-
-/// A text, or the strings of a file of JSON lines.
-fn read_text(path: &Path) -> anyhow::Result<String> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    if path.extension().is_none_or(|e| e != "jsonl") {
-        return Ok(text);
-    }
-    let mut parts = Vec::new();
-    for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let at = || format!("{}, line {}", path.display(), i + 1);
-        let value: serde_json::Value = serde_json::from_str(line).with_context(at)?;
-        let Some(object) = value.as_object() else { bail!("{}: is no JSON object", at()) };
-        let strings: Vec<&str> = match object.get("text").and_then(|t| t.as_str()) {
-            Some(text) => vec![text],
-            None => object.values().filter_map(|v| v.as_str()).collect(),
-        };
-        if strings.is_empty() {
-            bail!("{}: holds no string; each line needs \"text\" or other strings", at());
+/// What the rounding that a tensor has behind it cost: its noise over its size, were its errors even over each step.
+fn first_rounding(opened: &Opened, p: &TensorPlan) -> anyhow::Result<f64> {
+    let tensor = opened.source.require(&p.spec.source_name)?;
+    let mut w = vec![0f32; p.numel()];
+    codec::decode(p.from, tensor.bytes, &mut w)?;
+    let Some(parts) = free::take(p.from, tensor.bytes)? else { return Ok(0.0) };
+    let block = p.from.block_len();
+    let format = codec::blocks::format(p.from);
+    let whole = format.is_some_and(|f| f.group == f.block && f.levels != codec::blocks::Levels::Iq4);
+    let (mut noise, mut size) = (0.0f64, 0.0f64);
+    for ((w, v), d) in w.chunks(block).zip(parts.v.chunks(block)).zip(&parts.d) {
+        // The distance of neighbouring values: one level, or, where groups have scales of their own, the least one there is.
+        let mut values: Vec<f32> = v.to_vec();
+        values.sort_by(f32::total_cmp);
+        let steps = values.windows(2).map(|w| w[1] - w[0]).filter(|s| *s > 0.0);
+        let step = if whole { 1.0 } else { steps.fold(f32::INFINITY, f32::min) };
+        let step = f64::from(step) * f64::from(*d);
+        if step.is_finite() {
+            noise += w.len() as f64 * step * step / 12.0;
         }
-        parts.push(strings.join("\n"));
+        size += w.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
     }
-    Ok(parts.join("\n\n"))
+    Ok((noise / size.max(f64::MIN_POSITIVE)).sqrt())
 }
 
-/// The source's metadata with what this run did.
-fn with_passport(metadata: &gguf::Metadata, args: &Args, tokens: Option<&Tokens>) -> gguf::Metadata {
-    use gguf::Value;
-    let mut m = metadata.clone();
-    for key in ["split.no", "split.count", "split.tensors.count"] {
-        m.remove(key);
+/// Figures on text that was calibrated on flatter.
+fn warn_overlap(calibration: &Calibration, scored: &Path, opened: &Opened) -> anyhow::Result<()> {
+    let ids = calibration::read(scored, opened)?;
+    let protocol = report::scored(opened);
+    let n = protocol.chunks.map_or(ids.len(), |c| (c * protocol.context).min(ids.len()));
+    let share = calibration::overlap(calibration.tokens.ids(), &ids[..n]);
+    if share > 0.01 {
+        eprintln!(
+            "warning: {:.0}% of the text to be scored is calibration text, so its figures will flatter; calibrate on other text (--calibration-skip passes over some)",
+            100.0 * share
+        );
     }
-    let named = args.type_name.as_deref().and_then(recipe::file_type);
-    match named {
-        Some((_, number)) => m.insert("general.file_type", Value::U32(number)),
-        None => m.remove("general.file_type"),
-    };
-    m.insert("general.quantization_version", Value::U32(2));
-    m.insert("sparsam.version", Value::String(env!("CARGO_PKG_VERSION").into()));
-    m.insert("sparsam.type", Value::String(named.map_or("budget", |(name, _)| name).into()));
-    m.insert("sparsam.method", Value::String(format!("{:?}", args.method).to_lowercase()));
-    if let Some(tokens) = tokens {
-        let file = args.calibration.as_ref().and_then(|p| p.file_name()).unwrap_or_default();
-        m.insert("sparsam.calibration", Value::String(file.to_string_lossy().into()));
-        m.insert("sparsam.calibration.skip", Value::U64(args.calibration_skip as u64));
-        m.insert("sparsam.calibration.samples", Value::U64(tokens.samples() as u64));
-        m.insert("sparsam.calibration.ctx", Value::U64(tokens.ctx() as u64));
-        m.insert("sparsam.calibration.hash", Value::String(format!("{:016x}", tokens.hash())));
-        m.insert("sparsam.damping", Value::F32(args.damping));
-        m.insert("sparsam.asymmetric", Value::F32(args.asymmetric));
-        m.insert("sparsam.refinements", Value::U64(args.refinements as u64));
-    }
-    m
+    Ok(())
 }
 
-/// Bytes and bits of the plan by type.
-fn by_type(plan: &[TensorPlan]) -> BTreeMap<String, (usize, usize, usize)> {
-    let mut groups: BTreeMap<String, (usize, usize, usize)> = BTreeMap::new();
-    for p in plan {
-        let g = groups.entry(p.to.to_string()).or_default();
-        *g = (g.0 + 1, g.1 + p.numel(), g.2 + p.bytes());
-    }
-    groups
-}
-
-fn dry_run(args: &Args, opened: &Opened, plan: &[TensorPlan]) -> anyhow::Result<()> {
-    let bytes: usize = plan.iter().map(TensorPlan::bytes).sum();
-    let weights: usize = plan.iter().map(TensorPlan::numel).sum();
-    let tokens = if args.method == MethodName::Gptq { args.samples * args.ctx } else { 0 };
-    let facts = opened.model.facts();
-    // Both streams; one block's weights twice (as they are and as f32); the widest Hessian, its sums and its factor.
-    let widest = plan.iter().filter(|p| p.grid().is_some()).map(|p| p.spec.shape[1]).max().unwrap_or(0);
-    let block = plan.iter().map(TensorPlan::numel).sum::<usize>() / facts.n_layers().max(1);
-    let memory = if tokens == 0 {
-        12 * plan.iter().map(TensorPlan::numel).max().unwrap_or(0)
-    } else {
-        4 * (2 * 2 * tokens * facts.hidden_size + 3 * block) + 6 * 4 * widest * widest
-    };
-    if args.json {
-        return text::say_json(&json!({
-            "tensor_bytes": bytes,
-            "bits_per_weight": 8.0 * bytes as f64 / weights as f64,
-            "calibration_tokens": tokens,
-            "memory_bytes": memory,
-            "types": by_type(plan).iter().map(|(t, g)| (t.clone(), json!({"tensors": g.0, "weights": g.1, "bytes": g.2}))).collect::<serde_json::Map<_, _>>(),
-        }));
-    }
-    text::say(types_table(plan))?;
-    text::say(format!(
-        "{} in tensors, {:.2} bits a weight; about {} of memory; {} calibration tokens",
-        text::bytes(bytes),
-        8.0 * bytes as f64 / weights as f64,
-        text::bytes(memory),
-        tokens
-    ))
-}
-
-fn types_table(plan: &[TensorPlan]) -> String {
-    let rows: Vec<Vec<String>> = by_type(plan)
-        .iter()
-        .map(|(t, (n, weights, bytes))| {
-            vec![t.clone(), n.to_string(), text::count(*weights), text::bytes(*bytes)]
-        })
-        .collect();
-    text::table(&["type", "tensors", "weights", "bytes"], &rows)
-}
-
-/// Scores both models, writes the report beside the file and prints it.
-fn report(
+/// What the file says of itself before it is scored.
+fn first_passport(
     args: &Args,
     opened: &Opened,
-    plan: &[TensorPlan],
-    layers: Vec<Layer>,
-    tokens: Option<&Tokens>,
-    seconds: f64,
-) -> anyhow::Result<()> {
-    let bytes: usize = plan.iter().map(TensorPlan::bytes).sum();
-    let weights: usize = plan.iter().map(TensorPlan::numel).sum();
-    let name = |p: &Path| p.file_name().unwrap_or_default().to_string_lossy().to_string();
-    let calibration = tokens.map(|t| {
-        let file = args.calibration.as_deref().map(name).unwrap_or_default();
-        let skip = args.calibration_skip;
-        format!(
-            "{file} from token {skip} on, {} sequences of {} tokens, {:016x}",
-            t.samples(),
-            t.ctx(),
-            t.hash()
-        )
-    });
-    let method = match args.method {
-        MethodName::Nearest => "nearest codes, searched scales".to_string(),
+    calibration: Option<&Calibration>,
+) -> anyhow::Result<Passport> {
+    let g = &args.goal;
+    let goal = match (&g.type_name, g.size, g.bits, g.fit, g.kl) {
+        (Some(name), ..) => name.clone(),
+        (_, Some(size), ..) => format!("at most {}", text::bytes(size)),
+        (_, _, Some(bits), ..) => format!("{bits} bits a weight"),
+        (_, _, _, Some(fit), _) => format!("at most {} of memory when it runs", text::bytes(fit)),
+        (.., kl) => format!("a divergence of at most {}", kl.unwrap_or_default()),
+    };
+    let mut method = match args.method() {
+        MethodName::Nearest => match &args.imatrix {
+            None => "nearest codes, searched scales".to_string(),
+            Some(path) => format!("nearest codes, scales searched by {}", name_of(path)),
+        },
         MethodName::Gptq => format!(
             "GPTQ, damping {}, act-order {}, {} refinements, asymmetric {}",
             args.damping, !args.no_act_order, args.refinements, args.asymmetric
         ),
     };
-    let report = Report {
-        output: name(&args.output),
-        parent: name(opened.source.path()),
-        bytes: std::fs::metadata(&args.output)?.len() as usize,
-        parent_bytes: opened.source.tensors().iter().map(|t| t.bytes_len()).sum(),
-        bits_per_weight: 8.0 * bytes as f64 / weights as f64,
+    if args.heal > 0 {
+        method += &format!("; healed by {} steps a block", args.heal);
+    }
+    Ok(Passport {
+        version: env!("CARGO_PKG_VERSION").into(),
+        command: command_line(),
+        parent: name_of(opened.source.path()),
+        parent_sha256: passport::sha256(opened.source.path())?,
+        goal,
         method,
-        calibration,
-        seconds,
-        score: score(args, opened)?,
-        layers,
-    };
-    for (kind, content) in [("json", serde_json::to_string_pretty(&report)?), ("html", report.html())] {
-        let path = args.output.with_file_name(format!("{}.{kind}", report.output));
-        let mut file = sparsam_formats::AtomicFile::create(&path)?;
-        file.write_all(content.as_bytes()).with_context(|| path.display().to_string())?;
-        file.commit()?;
-    }
-    if args.json {
-        return text::say_json(&serde_json::to_value(&report)?);
-    }
-    text::say(types_table(plan))?;
-    if let Some((ours, nearest)) = report.mean_errors() {
-        text::say(format!(
-            "error of the layers' outputs: {:.3}% of their size on average, {:.3}% by nearest rounding on the same scales",
-            100.0 * ours,
-            100.0 * nearest
-        ))?;
-        for layer in report.layers.iter().filter(|l| l.raised_damping.is_some() || l.dead_inputs > 0) {
-            let damping =
-                layer.raised_damping.map(|d| format!("; damping raised to {d}")).unwrap_or_default();
-            text::say(format!("{}: {} inputs never used{damping}", layer.name, layer.dead_inputs))?;
-        }
-    }
-    if let Some(s) = &report.score {
-        text::say(format!(
-            "perplexity {:.4}, before {:.4} ({})",
-            s.perplexity, s.perplexity_before, s.protocol
-        ))?;
-        text::say(format!(
-            "divergence {:.5} nats a token, 99% below {:.3}; same top token {:.2}%",
-            s.divergence,
-            s.divergence_p99,
-            100.0 * s.top1_agreement
-        ))?;
-    }
-    text::say(format!(
-        "{}: {}, {:.2} bits a weight, {}; report in {}.json and .html",
-        args.output.display(),
-        text::bytes(report.bytes),
-        report.bits_per_weight,
-        text::duration(std::time::Duration::from_secs_f64(seconds)),
-        report.output
-    ))
+        calibration: calibration.map(Calibration::describe),
+        calibration_hash: calibration.map(|c| format!("{:016x}", c.tokens.hash())),
+        score: None,
+    })
 }
 
-/// Windows that are scored of the text that `--eval` names: as for the published figures.
-const SCORED: Protocol = Protocol { context: 512, windows: Windows::SideBySide, chunks: Some(16) };
+/// The command as it was typed, words with spaces quoted.
+fn command_line() -> String {
+    let quoted = |word: String| match word.contains(|c: char| c.is_whitespace() || c == '\'') {
+        true => format!("'{}'", word.replace('\'', "'\\''")),
+        false => word,
+    };
+    let words = std::env::args().skip(1).map(quoted);
+    std::iter::once("sparsam".to_string()).chain(words).collect::<Vec<_>>().join(" ")
+}
 
-/// Both models on the text that `--eval` names.
-fn score(args: &Args, opened: &Opened) -> anyhow::Result<Option<Score>> {
-    let Some(path) = &args.eval else { return Ok(None) };
-    let tokens = opened.tokenizer()?.encode(&read_text(path)?, Specials::default())?;
-    let options = Options { threads: args.threads, exact: true, ..Options::default() };
-    let parent = Engine::load(opened.source.path(), &options)?;
-    let child = Engine::load(&args.output, &options)?;
-    let bar = text::bar(0, "scoring");
-    let c = compare(&child, &parent, &tokens, &SCORED, &mut |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-        std::ops::ControlFlow::Continue(())
-    })?;
-    bar.finish_and_clear();
-    Ok(Some(Score {
-        text: path.file_name().unwrap_or_default().to_string_lossy().to_string(),
-        protocol: SCORED.to_string(),
-        tokens_scored: c.perplexity.tokens_scored,
-        perplexity_before: c.reference.perplexity,
-        perplexity: c.perplexity.perplexity,
-        divergence: c.divergence,
-        divergence_p99: c.divergence_p99,
-        top1_agreement: c.top1_agreement,
-    }))
+/// The metadata of the file to be written: the source's with what this run did; of a safetensors source, that alone.
+fn with_passport(args: &Args, opened: &Opened, passport: &Passport) -> gguf::Metadata {
+    use gguf::Value;
+    let mut m = opened.source.gguf_metadata().cloned().unwrap_or_default();
+    for key in ["split.no", "split.count", "split.tensors.count"] {
+        m.remove(key);
+    }
+    match args.goal.type_name.as_deref().and_then(recipe::file_type) {
+        Some((_, number)) => m.insert("general.file_type", Value::U32(number)),
+        None => m.remove("general.file_type"),
+    };
+    m.insert("general.quantization_version", Value::U32(2));
+    m.insert(KEY, Value::String(passport.to_json().to_string()));
+    m
 }

@@ -142,6 +142,39 @@ pub fn sensitivity(
     Ok(out)
 }
 
+/// The divergence that the whole plan causes with nearest codes, on `tokens`, one sequence.
+///
+/// # Errors
+/// As [`sensitivity`].
+pub fn divergence_of(
+    source: &Source,
+    model: &Model,
+    device: &Device,
+    plan: &[TensorPlan],
+    tokens: &[i32],
+) -> Result<f64, Error> {
+    let (mut before, mut after) = (Weights::new(), Weights::new());
+    for p in plan {
+        let tensor = source.require(&p.spec.source_name)?;
+        let turned = p.spec.transform.apply(tensor.bytes, tensor.info.dtype, &tensor.info.shape)?;
+        before.insert(&p.spec.name, &p.spec.shape, turned.dtype, &turned.bytes)?;
+        let mut w = vec![0f32; p.numel()];
+        codec::decode(turned.dtype, &turned.bytes, &mut w)?;
+        let mut bytes = vec![0; p.to.bytes_for(w.len()).unwrap_or(0)];
+        codec::encode(p.to, &w, &mut bytes)?;
+        after.insert(&p.spec.name, &p.spec.shape, p.to, &bytes)?;
+        drop(turned);
+        source.release(&p.spec.source_name);
+    }
+    for c in model.constants() {
+        before.insert_f32(&c.name, &c.shape, &c.data)?;
+        after.insert_f32(&c.name, &c.shape, &c.data)?;
+    }
+    let run = Run { model, device, tokens };
+    let (p, q) = (run.whole(before)?.1, run.whole(after)?.1);
+    Ok(divergence(&p, &q, model.facts().vocab_size))
+}
+
 /// The type that a matrix is probed with: the smallest but one that fits its rows.
 fn probe(plan: &TensorPlan) -> Option<DType> {
     let [_, cols] = plan.spec.shape[..] else { return None };
@@ -152,7 +185,7 @@ fn probe(plan: &TensorPlan) -> Option<DType> {
 }
 
 /// The block that a tensor is in, by its GGUF name.
-fn layer_of(name: &str) -> Option<usize> {
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 

@@ -3,6 +3,7 @@
 //! Two streams of activations (tokens, hidden): what the original model computes, and what the model computes whose
 //! earlier blocks are rounded. Each block of weights is in memory only while the streams pass it.
 
+use crate::activations::Activations;
 use crate::taps::{self, Part, ROUNDED, Shapes, Want};
 use crate::{Error, Hessian};
 use sparsam_dtype::DType;
@@ -10,6 +11,7 @@ use sparsam_ir::{Graph, Precision, Trace};
 use sparsam_models::Model;
 use sparsam_models::nn::Batch;
 use sparsam_runtime::{Data, Device, Session, Weights};
+use std::path::Path;
 use std::sync::Arc;
 
 /// Tokens of a run: enough that weights are read seldom, few enough that a block's activations stay small.
@@ -77,34 +79,48 @@ pub(crate) struct Sides {
 
 /// The two streams.
 pub(crate) struct Streams<'a> {
-    device: &'a Device,
-    model: &'a Model,
-    tokens: &'a Tokens,
-    precision: Precision,
+    pub device: &'a Device,
+    pub model: &'a Model,
+    pub tokens: &'a Tokens,
+    pub precision: Precision,
+    /// Where activations go that do not fit into memory.
+    spill: Option<&'a Path>,
     /// `None` where only the rounded stream is wanted.
-    original: Option<Vec<f32>>,
-    rounded: Vec<f32>,
+    original: Option<Activations>,
+    rounded: Activations,
+}
+
+/// What streams are made of.
+pub(crate) struct Springs<'a> {
+    pub device: &'a Device,
+    pub model: &'a Model,
+    pub tokens: &'a Tokens,
+    pub precision: Precision,
+    pub spill: Option<&'a Path>,
 }
 
 impl<'a> Streams<'a> {
     /// Both streams at the embedding, from tables `original` and `rounded`, each under the model's own names.
     pub fn start(
-        device: &'a Device,
-        model: &'a Model,
-        tokens: &'a Tokens,
-        precision: Precision,
+        springs: Springs<'a>,
         original: Option<Weights>,
         rounded: Weights,
     ) -> Result<Streams<'a>, Error> {
-        let mut streams = Streams { device, model, tokens, precision, original: None, rounded: Vec::new() };
+        let Springs { device, model, tokens, precision, spill } = springs;
+        let none = Activations::new(model.facts().hidden_size, None)?;
+        let mut streams = Streams { device, model, tokens, precision, spill, original: None, rounded: none };
         streams.rounded = streams.embed(rounded)?;
         streams.original = original.map(|w| streams.embed(w)).transpose()?;
         Ok(streams)
     }
 
-    fn embed(&self, weights: Weights) -> Result<Vec<f32>, Error> {
+    fn empty(&self) -> Result<Activations, Error> {
+        Activations::new(self.model.facts().hidden_size, self.spill)
+    }
+
+    fn embed(&self, weights: Weights) -> Result<Activations, Error> {
         let mut session = Session::new(self.device, Arc::new(weights));
-        let mut out = Vec::with_capacity(self.tokens.len() * self.model.facts().hidden_size);
+        let mut out = self.empty()?;
         for range in self.chunks() {
             let t = Trace::with_weights(session.weights().shapes());
             let y = self.model.embed(&t, &Batch::packed(range.len()));
@@ -113,7 +129,7 @@ impl<'a> Streams<'a> {
             let all = [("tokens", Data::I32(&self.tokens.ids[range])), ("positions", Data::I32(&positions))];
             let wanted: Vec<_> =
                 all.into_iter().filter(|(name, _)| step.inputs().any(|(n, _, _)| n == *name)).collect();
-            out.extend_from_slice(session.run(&step, &wanted)?.f32("y")?);
+            out.push(session.run(&step, &wanted)?.f32("y")?)?;
         }
         Ok(out)
     }
@@ -128,38 +144,49 @@ impl<'a> Streams<'a> {
         (0..n).map(|i| (i % self.tokens.ctx) as i32).collect()
     }
 
-    /// Runs `each` on the outputs of every chunk of a part.
+    /// The rounded stream's rows of these sequences, one after the other.
+    pub fn rows(&self, sequences: &[usize]) -> Result<Vec<f32>, Error> {
+        let ctx = self.tokens.ctx;
+        let mut out = Vec::new();
+        for s in sequences {
+            out.extend_from_slice(&self.rounded.get(s * ctx..(s + 1) * ctx)?);
+        }
+        Ok(out)
+    }
+
+    /// Runs `each` on the outputs of every chunk of a part, for the sides that are asked for.
     fn pass(
         &self,
         part: Part,
         sides: &Sides,
-        both: bool,
+        which: Which,
         want: Want,
         mut each: impl FnMut(std::ops::Range<usize>, &sparsam_runtime::Outputs) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let hidden = self.model.facts().hidden_size;
         let mut session = Session::new(self.device, Arc::new(sides.weights.clone()));
         let mut compiled = None;
         for range in self.chunks() {
             let n = range.len();
             if compiled.as_ref().is_none_or(|(len, _)| *len != n) {
                 let batch = Batch::packed(n).with_precision(self.precision);
-                let original = both.then_some(&sides.original);
-                let graph: Graph = taps::graph(self.model, part, &batch, &sides.rounded, original, want)?;
+                let rounded = (which != Which::Original).then_some(&sides.rounded);
+                let original = (which != Which::Rounded).then_some(&sides.original);
+                let graph: Graph = taps::graph(self.model, part, &batch, rounded, original, want)?;
                 compiled = Some((n, session.compile(&graph)?));
             }
             let Some((_, step)) = &compiled else { unreachable!("compiled above") };
             let positions = self.positions(n);
             let row_start: Vec<i32> = (0..n).map(|i| (i - i % self.tokens.ctx) as i32).collect();
-            let rows = range.start * hidden..range.end * hidden;
             let x = format!("{ROUNDED}x");
+            let rounded = self.rounded.get(range.clone())?;
             let mut all = vec![
                 ("positions", Data::I32(&positions)),
                 ("row_start", Data::I32(&row_start)),
-                (x.as_str(), Data::F32(&self.rounded[rows.clone()])),
+                (x.as_str(), Data::F32(&rounded)),
             ];
-            if let Some(original) = &self.original {
-                all.push(("x", Data::F32(&original[rows])));
+            let original = self.original.as_ref().map(|o| o.get(range.clone())).transpose()?;
+            if let Some(original) = &original {
+                all.push(("x", Data::F32(original)));
             }
             let wanted: Vec<_> =
                 all.into_iter().filter(|(name, _)| step.inputs().any(|(n, _, _)| n == *name)).collect();
@@ -168,12 +195,16 @@ impl<'a> Streams<'a> {
         Ok(())
     }
 
+    fn both(&self) -> Which {
+        if self.original.is_some() { Which::Both } else { Which::Rounded }
+    }
+
     /// The Hessian of the stage's input.
     pub fn hessian(&self, part: Part, sides: &Sides, stage: usize, n: usize) -> Result<Hessian, Error> {
         let mut h = Hessian::new(n);
-        let both = self.original.is_some();
-        self.pass(part, sides, both, Want::Products(stage), |range, out| {
-            let cross = if both { Some(out.f32("cross")?) } else { None };
+        let which = self.both();
+        self.pass(part, sides, which, Want::Products(stage), |range, out| {
+            let cross = if which == Which::Both { Some(out.f32("cross")?) } else { None };
             h.add(out.f32("h")?, cross, range.len());
             Ok(())
         })?;
@@ -182,19 +213,48 @@ impl<'a> Streams<'a> {
 
     /// Moves both streams past a part.
     pub fn advance(&mut self, part: Part, sides: &Sides) -> Result<(), Error> {
-        let (mut rounded, mut original) = (Vec::with_capacity(self.rounded.len()), Vec::new());
-        let both = self.original.is_some();
-        self.pass(part, sides, both, Want::Outputs, |_, out| {
-            rounded.extend_from_slice(out.f32(&format!("{ROUNDED}y"))?);
-            if both {
-                original.extend_from_slice(out.f32("y")?);
+        let (mut rounded, mut original) = (self.empty()?, self.empty()?);
+        let which = self.both();
+        self.pass(part, sides, which, Want::Outputs, |_, out| {
+            rounded.push(out.f32(&format!("{ROUNDED}y"))?)?;
+            if which == Which::Both {
+                original.push(out.f32("y")?)?;
             }
             Ok(())
         })?;
         self.rounded = rounded;
-        self.original = both.then_some(original);
+        self.original = (which == Which::Both).then_some(original);
         Ok(())
     }
+
+    /// What the original part makes of the original stream.
+    ///
+    /// # Panics
+    /// If there is no original stream.
+    pub fn targets(&self, part: Part, sides: &Sides) -> Result<Activations, Error> {
+        assert!(self.original.is_some(), "healing has both streams");
+        let mut out = self.empty()?;
+        self.pass(part, sides, Which::Original, Want::Outputs, |_, outputs| out.push(outputs.f32("y")?))?;
+        Ok(out)
+    }
+
+    /// Moves the rounded stream past a part, and the original one to what [`Streams::targets`] gave.
+    pub fn advance_to(&mut self, part: Part, sides: &Sides, targets: Activations) -> Result<(), Error> {
+        let mut rounded = self.empty()?;
+        let y = format!("{ROUNDED}y");
+        self.pass(part, sides, Which::Rounded, Want::Outputs, |_, out| rounded.push(out.f32(&y)?))?;
+        self.rounded = rounded;
+        self.original = Some(targets);
+        Ok(())
+    }
+}
+
+/// Sides of a graph.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Which {
+    Original,
+    Rounded,
+    Both,
 }
 
 /// The bytes of one tensor in the model's own layout.

@@ -139,6 +139,34 @@ impl Factor {
         Ok(Factor { order, udu })
     }
 
+    /// The largest eigenvalue of `h`, which this is the factor of, over the smallest: a lower bound, by some rounds of power
+    /// iteration with h and with its inverse.
+    pub fn condition(&self, h: &Damped) -> f64 {
+        let n = h.n;
+        let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let largest = |apply: &dyn Fn(&[f32]) -> Vec<f32>| -> f64 {
+            // No eigenvector of a real layer is orthogonal to this.
+            let mut x: Vec<f32> = (0..n).map(|i| 1.0 + (i as f32 * 0.7).sin()).collect();
+            let mut value = 0.0;
+            for _ in 0..10 {
+                let size = norm(&x).max(f64::MIN_POSITIVE);
+                x.iter_mut().for_each(|v| *v = (f64::from(*v) / size) as f32);
+                x = apply(&x);
+                value = norm(&x);
+            }
+            value
+        };
+        let up = largest(&|x| (0..n).map(|i| dot32(&h.h[i * n..(i + 1) * n], x)).collect());
+        let down = largest(&|x| {
+            let mut ordered: Vec<f32> = self.order.iter().map(|&i| x[i]).collect();
+            self.udu.solve(&mut ordered);
+            let mut y = vec![0.0; n];
+            self.order.iter().zip(&ordered).for_each(|(&i, v)| y[i] = *v);
+            y
+        });
+        up * down
+    }
+
     /// Rows of `w` (rows, n) moved towards what makes up for the changed inputs: `w + share * w (C - H) H^-1`, where H is
     /// the mean of x x^T (damped only where it is inverted) and `cross`, C, the mean of y x^T, x the inputs as they are and y
     /// as they were. At `share` 1 that is the least-squares solution for the original outputs `w y` (Li et al. 2025, GPTAQ,

@@ -90,6 +90,25 @@ impl Plain {
         best
     }
 
+    /// Groups of a row of `cols`.
+    pub fn groups(&self, cols: usize) -> usize {
+        cols.div_ceil(self.group)
+    }
+
+    /// What [`Rounded::bytes`] wrote of a matrix (rows, cols): a byte a code, an f32 scale a group, a byte a zero. `None` if
+    /// the length is another.
+    pub fn read(self, bytes: &[u8], rows: usize, cols: usize) -> Option<Rounded> {
+        let (n, groups) = (rows * cols, rows * self.groups(cols));
+        if bytes.len() != n + 5 * groups {
+            return None;
+        }
+        let (codes, rest) = bytes.split_at(n);
+        let (scales, zeros) = rest.split_at(4 * groups);
+        let scales = scales.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+        let scales = scales.zip(zeros).map(|(s, &z)| self.scales(s, z.into())).collect();
+        Some(Rounded { grid: Grid::Plain(self), rows, cols, codes: codes.to_vec(), scales })
+    }
+
     /// A zero is a minimum of `zero` scales.
     fn scales(&self, scale: f32, zero: f32) -> Scales {
         let (mut scales, mut mins) = ([0; 16], [0; 16]);
@@ -130,17 +149,26 @@ impl Rounded {
         out
     }
 
-    /// The bytes of a block format, row after row.
-    ///
-    /// # Panics
-    /// If the grid is no block format.
+    /// The bytes of a block format, row after row; of plain groups those that [`Plain::read`] takes.
     pub fn bytes(&self) -> Vec<u8> {
-        let Grid::Block(dtype) = self.grid else { panic!("plain groups have a layout of their own") };
+        let dtype = match self.grid {
+            Grid::Block(dtype) => dtype,
+            Grid::Plain(_) => {
+                let scales = self.scales.iter().flat_map(|s| s.d.to_le_bytes());
+                let zeros = self.scales.iter().map(|s| s.mins[0]);
+                return self.codes.iter().copied().chain(scales).chain(zeros).collect();
+            }
+        };
         let n = dtype.block_len();
         let mut out = vec![0; self.scales.len() * dtype.block_bytes()];
         let blocks = out.chunks_mut(dtype.block_bytes()).zip(self.codes.chunks(n)).zip(&self.scales);
         blocks.for_each(|((out, codes), scales)| blocks::pack(dtype, scales, codes, out));
         out
+    }
+
+    /// Of plain groups: scales and zeros, (rows, groups) each.
+    pub fn scales_and_zeros(&self) -> (Vec<f32>, Vec<u8>) {
+        self.scales.iter().map(|s| (s.d, s.mins[0])).unzip()
     }
 }
 

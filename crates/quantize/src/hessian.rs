@@ -43,6 +43,21 @@ impl Hessian {
         self.tokens += tokens;
     }
 
+    /// How many directions the inputs take, each input counted at its own size: `(tr C)^2 / tr(C^2)` of the matrix C of
+    /// `H_ij / sqrt(H_ii H_jj)`, over inputs that were ever used. From 1, where all go together, to their number, where none
+    /// do; never more than tokens.
+    pub fn effective_rank(&self) -> f64 {
+        let n = self.n;
+        let size = |i: usize| f64::from(self.sum[i * n + i]);
+        let used: Vec<usize> = (0..n).filter(|&i| size(i) > 0.0).collect();
+        let mut squares = 0.0;
+        for &i in &used {
+            let row = &self.sum[i * n..(i + 1) * n];
+            squares += used.iter().map(|&j| f64::from(row[j]).powi(2) / size(j)).sum::<f64>() / size(i);
+        }
+        (used.len() as f64).powi(2) / squares.max(f64::MIN_POSITIVE)
+    }
+
     /// Divided by the number of tokens, with `damping` times the mean of the diagonal added to the diagonal (Frantar et
     /// al. 2023, section 3.3, step 3; 0.01 there and in general). All 0 if no input was ever anything else: then damped by 1.
     pub fn damped(&self, damping: f32) -> Damped {

@@ -8,17 +8,23 @@
 //! block; [`recipe`] says which tensor gets which type.
 #![forbid(unsafe_code)]
 
+mod activations;
 pub mod budget;
 mod calibrate;
+pub mod free;
 pub mod gptq;
 pub mod grid;
+pub mod heal;
 pub mod hessian;
 pub mod linalg;
+mod partial;
+pub mod passport;
 pub mod recipe;
 mod refit;
 pub mod report;
 pub mod stream;
 mod taps;
+mod write;
 
 pub use calibrate::Tokens;
 pub use grid::{Grid, Plain, Rounded};
@@ -49,6 +55,14 @@ pub enum Error {
     /// A name that is no type.
     #[error("quantize: there is no type {name:?}; known are {known}")]
     Type { name: String, known: String },
+    /// An importance matrix of another model.
+    #[error(
+        "quantize: the importance matrix has {found} numbers for {name}, whose rows have {cols}; it belongs to another model"
+    )]
+    Importance { name: String, found: usize, cols: usize },
+    /// What GPTQ's layout cannot hold.
+    #[error("quantize: {0}")]
+    Layout(String),
     /// A partial result cannot be used.
     #[error("quantize: the partial result {} cannot be used ({what}); delete its folder and start again", path.display())]
     Partial { path: std::path::PathBuf, what: String },
@@ -57,6 +71,8 @@ pub enum Error {
     Io { what: String, source: std::io::Error },
     #[error(transparent)]
     Format(#[from] sparsam_formats::Error),
+    #[error(transparent)]
+    Engine(#[from] sparsam_engine::Error),
     #[error(transparent)]
     Model(#[from] sparsam_models::Error),
     #[error(transparent)]

@@ -3,7 +3,7 @@
 //! `Q4_K_M` and the like are mixtures: a rule chooses a type for each tensor, by its place in the model. The rules here are
 //! llama.cpp's (`llama_tensor_get_type` of llama-quant.cpp), so that the same name gives the same types and bytes.
 
-use crate::{Error, Grid};
+use crate::{Error, Grid, Plain};
 use sparsam_dtype::DType;
 use sparsam_formats::{Kind, Source};
 use sparsam_models::{Model, WeightSpec};
@@ -21,11 +21,16 @@ pub struct TensorPlan {
     pub to: DType,
     /// The type that the rule chose, where its blocks do not divide the rows.
     pub wanted: Option<DType>,
+    /// Rounded to plain groups, GPTQ's layout; `to` is then what products read.
+    pub plain: Option<Plain>,
 }
 
 impl TensorPlan {
     /// The grid to round to; `None` if the tensor keeps its numbers.
     pub fn grid(&self) -> Option<Grid> {
+        if let Some(plain) = self.plain {
+            return Some(Grid::Plain(plain));
+        }
         (self.to != self.from && self.to.is_block()).then_some(Grid::Block(self.to))
     }
 
@@ -34,8 +39,21 @@ impl TensorPlan {
         self.spec.shape.iter().product()
     }
 
+    /// How it will be stored, in words.
+    pub fn stored_as(&self) -> String {
+        match self.plain {
+            None => self.to.to_string(),
+            Some(Plain { bits, group, .. }) => format!("{bits} bits in groups of {group}"),
+        }
+    }
+
     /// Bytes in the file to be written.
     pub fn bytes(&self) -> usize {
+        if let (Some(plain), [rows, cols]) = (self.plain, &self.spec.shape[..]) {
+            // Codes, f16 scales, zeros as wide as codes, and the group of each input.
+            let (bits, groups) = (plain.bits as usize, plain.groups(*cols));
+            return rows * cols * bits / 8 + groups * rows * 2 + groups * rows * bits / 8 + 4 * cols;
+        }
         self.to.bytes_for(self.numel()).unwrap_or(0)
     }
 }
@@ -108,7 +126,64 @@ pub fn plan_with(
             // Norms and biases are few and matter: as exact as they are.
             false => DType::F32,
         };
-        plans.push(TensorPlan { spec, gguf_name, from, to, wanted: (to != wanted).then_some(wanted) });
+        plans.push(TensorPlan {
+            spec,
+            gguf_name,
+            from,
+            to,
+            wanted: (to != wanted).then_some(wanted),
+            plain: None,
+        });
+    }
+    Ok(plans)
+}
+
+/// GPTQ's layout for the linear layers of all blocks: codes of `bits` bits in groups of `group` inputs (`None`: whole
+/// rows). Tables and head are F16, everything else F32. The layout has one size for all layers: where the group does not
+/// divide all of their rows, the next smaller multiple of 32 that does.
+///
+/// # Errors
+/// If bits or group are none that the layout has, a layer's sizes are no multiples of 32, or the model keeps its layers
+/// transposed.
+pub fn plan_gptq(
+    model: &Model,
+    source: &Source,
+    bits: u32,
+    group: Option<usize>,
+    symmetric: bool,
+) -> Result<Vec<TensorPlan>, Error> {
+    if ![2, 3, 4, 8].contains(&bits) {
+        return Err(Error::Layout(format!("GPTQ's layout has 2, 3, 4 or 8 bits, not {bits}")));
+    }
+    if group.is_some_and(|g| g == 0 || !g.is_multiple_of(32)) {
+        let g = group.unwrap_or_default();
+        return Err(Error::Layout(format!(
+            "groups of {g}: GPTQ's layout wants a multiple of 32, or whole rows"
+        )));
+    }
+    let layers = model.linear_layers()?;
+    let fits = |g: &usize| layers.iter().all(|l| l.n_in.is_multiple_of(*g));
+    let common = group.and_then(|g| (1..=g / 32).rev().map(|k| 32 * k).find(fits));
+    let mut plans = plan_with(model, source, |_| DType::F16)?;
+    for layer in &layers {
+        let name = format!("{}.weight", layer.module);
+        let Some(p) = plans.iter_mut().find(|p| p.spec.name == name) else { continue };
+        let transposed = model
+            .stored_as(Kind::Safetensors, &name)
+            .is_some_and(|(_, t)| t != sparsam_formats::Transform::None);
+        if transposed {
+            return Err(Error::Layout(format!(
+                "{name} is stored transposed, which GPTQ's layout has no place for; choose a type of GGUF"
+            )));
+        }
+        if !layer.n_in.is_multiple_of(32) || !layer.n_out.is_multiple_of(32) {
+            return Err(Error::Layout(format!(
+                "{name} is {} by {}: GPTQ's layout packs multiples of 32; choose a type of GGUF",
+                layer.n_out, layer.n_in
+            )));
+        }
+        let group = if group.is_none() { layer.n_in } else { common.unwrap_or(32) };
+        p.plain = Some(Plain { bits, group, symmetric });
     }
     Ok(plans)
 }

@@ -1,5 +1,7 @@
 //! What a run did, as JSON and as a page that needs nothing else.
 
+use crate::heal::Healed;
+use crate::passport::Passport;
 use crate::stream::Layer;
 use serde::{Deserialize, Serialize};
 
@@ -8,45 +10,31 @@ use serde::{Deserialize, Serialize};
 pub struct Report {
     /// The file that was written.
     pub output: String,
-    /// The file that it was made from.
-    pub parent: String,
     /// Size of the file.
     pub bytes: usize,
     /// Size of the parent.
     pub parent_bytes: usize,
     /// Of the tensors.
     pub bits_per_weight: f64,
-    /// How codes were chosen, with all settings.
-    pub method: String,
-    /// The calibration text and how much of it; `None` for nearest rounding.
-    pub calibration: Option<String>,
+    /// What the file says of itself.
+    pub passport: Passport,
     /// Time of the run, without the scoring.
     pub seconds: f64,
-    /// Predictions of both models on a text, if one was given.
-    pub score: Option<Score>,
+    /// Speed and memory of the parent and of the result, if they were measured.
+    pub runs: Option<[Runs; 2]>,
+    /// What healing did to each block.
+    pub healing: Vec<Healed>,
     /// Each tensor.
     pub layers: Vec<Layer>,
 }
 
-/// Both models on the same tokens.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Score {
-    /// The text.
-    pub text: String,
-    /// Which tokens were scored, and with what before them.
-    pub protocol: String,
-    /// How many.
-    pub tokens_scored: usize,
-    /// Of the parent.
-    pub perplexity_before: f64,
-    /// Of the result.
-    pub perplexity: f64,
-    /// Mean divergence from the parent's predictions, in nats a token.
-    pub divergence: f64,
-    /// Its 99th percentile.
-    pub divergence_p99: f64,
-    /// Share of tokens for which both hold the same token most likely.
-    pub top1_agreement: f64,
+/// What a model takes to run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Runs {
+    /// Tokens written in a second, one text.
+    pub tokens_per_second: f64,
+    /// Bytes of weights in memory.
+    pub weight_bytes: usize,
 }
 
 impl Report {
@@ -61,25 +49,38 @@ impl Report {
         (!errors.is_empty()).then_some((ours / n, nearest / n))
     }
 
+    /// Mean error of the healed blocks before and after, where what was found was not taken, twice the same; `None` if
+    /// nothing was healed.
+    pub fn mean_healing(&self) -> Option<(f64, f64)> {
+        let n = self.healing.len() as f64;
+        let before: f64 = self.healing.iter().map(|h| h.before).sum();
+        let after: f64 = self.healing.iter().map(|h| if h.kept { h.after } else { h.before }).sum();
+        (n > 0.0).then_some((before / n, after / n))
+    }
+
     /// A page with tables and a plot of the error of each layer; it loads nothing.
     pub fn html(&self) -> String {
+        let mb = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
         let mut rows = vec![
-            ("file", format!("{}, {:.1} MB", self.output, self.bytes as f64 / 1e6)),
-            ("made from", format!("{}, {:.1} MB", self.parent, self.parent_bytes as f64 / 1e6)),
+            ("file", format!("{}, {}; parent {}", self.output, mb(self.bytes), mb(self.parent_bytes))),
             ("bits a weight", format!("{:.2}", self.bits_per_weight)),
-            ("method", self.method.clone()),
-            ("calibration", self.calibration.clone().unwrap_or_else(|| "none".into())),
-            ("time", format!("{:.0} s", self.seconds)),
         ];
-        if let Some(s) = &self.score {
-            rows.push(("perplexity", format!("{:.3}, before {:.3}", s.perplexity, s.perplexity_before)));
-            rows.push((
-                "divergence",
-                format!("{:.5} nats a token, 99% below {:.3}", s.divergence, s.divergence_p99),
-            ));
-            rows.push(("same top token", format!("{:.2}%", 100.0 * s.top1_agreement)));
-            rows.push(("scored on", format!("{}: {} tokens, {}", s.text, s.tokens_scored, s.protocol)));
+        rows.extend(self.passport.lines());
+        if let Some([before, after]) = &self.runs {
+            let speed = (after.tokens_per_second, before.tokens_per_second);
+            rows.push(("writes", format!("{:.0} tokens a second, parent {:.0}", speed.0, speed.1)));
+            let memory = (mb(after.weight_bytes), mb(before.weight_bytes));
+            rows.push(("weights in memory", format!("{}, parent {}", memory.0, memory.1)));
         }
+        if let Some((before, after)) = self.mean_healing() {
+            let line = format!("block error {:.3}% to {:.3}% on average", 100.0 * before, 100.0 * after);
+            rows.push(("healing", line));
+        }
+        let few = self.layers.iter().filter(|l| l.fell_back()).count();
+        if few > 0 {
+            rows.push(("fell back", format!("{few} layers, marked below")));
+        }
+        rows.push(("time", format!("{:.0} s", self.seconds)));
         let facts: String =
             rows.iter().map(|(k, v)| format!("<tr><th>{}<td>{}", escape(k), escape(v))).collect();
         let layers: String = self.layers.iter().map(layer_row).collect();
@@ -90,7 +91,7 @@ impl Report {
              td,th{{padding:2px 12px 2px 0}}td.n{{text-align:right;font-variant-numeric:tabular-nums}}\
              svg{{width:100%;height:auto}}</style>\n<h1>{title}</h1>\n<table>{facts}</table>\n\
              <h2>Error of each layer's output, share of its size</h2>\n{plot}\n\
-             <h2>Tensors</h2>\n<table><tr><th>tensor<th>from<th>to<th>error<th>nearest{layers}</table>\n",
+             <h2>Tensors</h2>\n<table><tr><th>tensor<th>from<th>to<th>error<th>nearest<th>rank<th>condition<th>time{layers}</table>\n",
             title = escape(&format!("Rounding {}", self.output)),
             plot = self.plot(),
         )
@@ -138,13 +139,29 @@ fn layer_row(l: &Layer) -> String {
         }
         None => ["".to_string(), "".to_string()],
     };
-    let dead =
-        if l.dead_inputs > 0 { format!(" ({} inputs never used)", l.dead_inputs) } else { String::new() };
+    let mut notes = String::new();
+    if l.dead_inputs > 0 {
+        notes += &format!(" ({} inputs never used)", l.dead_inputs);
+    }
+    if let Some(damping) = l.raised_damping {
+        notes += &format!(" (damping raised to {damping})");
+    }
+    if l.fell_back() {
+        notes += " *";
+    }
+    let (rank, condition) = match l.health {
+        Some(h) => (
+            format!("{:.0} of {}, {} tokens", h.rank, l.shape.last().unwrap_or(&0), h.tokens),
+            format!("{:.1e}", h.condition),
+        ),
+        None => (String::new(), String::new()),
+    };
     format!(
-        "<tr><td>{}{dead}<td>{}<td>{}<td class=n>{error}<td class=n>{nearest}",
+        "<tr><td>{}{notes}<td>{}<td>{}<td class=n>{error}<td class=n>{nearest}<td class=n>{rank}<td class=n>{condition}<td class=n>{:.1} s",
         escape(&l.name),
         escape(&l.from),
-        escape(&l.to)
+        escape(&l.to),
+        l.seconds
     )
 }
 
@@ -169,19 +186,29 @@ mod tests {
             to: "Q4_0".into(),
             shape: vec![2, 32],
             error,
-            dead_inputs: 0,
-            raised_damping: None,
+            ..Layer::default()
         };
+        let passport = Passport {
+            version: "0".into(),
+            command: "sparsam quantize".into(),
+            parent: "m.gguf".into(),
+            parent_sha256: "00".into(),
+            goal: "Q4_0".into(),
+            method: "gptq".into(),
+            calibration: None,
+            calibration_hash: None,
+            score: None,
+        };
+        let healed = |before, after, kept| Healed { layer: 0, before, after, kept };
         Report {
             output: name.into(),
-            parent: "m.gguf".into(),
             bytes: 1_500_000,
             parent_bytes: 9_000_000,
             bits_per_weight: 4.5,
-            method: "gptq".into(),
-            calibration: None,
+            passport,
             seconds: 3.0,
-            score: None,
+            runs: None,
+            healing: vec![healed(0.03, 0.01, true), healed(0.01, 0.5, false)],
             layers: vec![layer("a", Some(error)), layer("b", None)],
         }
     }
@@ -190,6 +217,8 @@ mod tests {
     fn the_page_shows_what_was_measured_and_lets_no_name_become_code() {
         let r = report("<script>x</script>.gguf");
         assert_eq!(r.mean_errors(), Some((0.01, 0.02)));
+        let (before, after) = r.mean_healing().unwrap();
+        assert!((before - 0.02).abs() < 1e-12 && (after - 0.01).abs() < 1e-12, "{before} {after}");
         let page = r.html();
         assert!(!page.contains("<script>") && page.contains("&lt;script&gt;"), "{page}");
         assert!(page.contains("1.0000%") && page.contains("2.0000%") && page.contains("1.5 MB"));

@@ -1,24 +1,27 @@
 //! A whole model, block by block: one block of weights in memory at a time, results on disk as they come.
 //!
-//! What is done is kept in a folder beside the output (`OUT.partial`), a file a tensor, each written atomically. Started
-//! again with the same settings, a killed run goes on behind the last tensor; the streams of activations are computed
-//! again, which takes a fraction of the work.
+//! What is done is kept in a folder beside the output (`OUT.partial`, see `partial`). Started again with the same settings,
+//! a killed run goes on behind the last tensor; the streams of activations are computed again, which takes a fraction of
+//! the work.
 
-use crate::calibrate::{Sides, Stored, Streams, Tokens};
+use crate::budget::layer_of;
+use crate::calibrate::{Sides, Springs, Stored, Streams, Tokens};
+use crate::free::{self, Free};
 use crate::gptq::{self, Factor, LayerError};
+use crate::heal::{Heal, Healed, Subject, Tuned, heal};
 use crate::linalg::Products;
+use crate::partial::{describe, save, values};
 use crate::recipe::TensorPlan;
 use crate::taps::{self, Part};
-use crate::{Error, Grid};
+use crate::{Error, Grid, Plain};
 use serde::{Deserialize, Serialize};
-use sparsam_dtype::codec;
-use sparsam_formats::{AtomicFile, Source, TensorSpec, gguf};
+use sparsam_formats::Source;
 use sparsam_ir::Precision;
 use sparsam_models::Model;
 use sparsam_runtime::{Device, Weights};
-use std::collections::HashSet;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::time::Instant;
 
 /// How codes are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,8 +51,19 @@ impl Default for Gptq {
     }
 }
 
+/// What the inputs of a layer were like.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Health {
+    /// Calibration tokens.
+    pub tokens: usize,
+    /// Effective rank of the inputs: [`crate::Hessian::effective_rank`].
+    pub rank: f64,
+    /// Largest over smallest eigenvalue of the damped Hessian: at least this.
+    pub condition: f64,
+}
+
 /// What was done to one tensor.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Layer {
     /// Hugging Face's name.
     pub name: String,
@@ -65,6 +79,19 @@ pub struct Layer {
     pub dead_inputs: usize,
     /// The damping that made the Hessian positive definite, if it had to be raised.
     pub raised_damping: Option<f32>,
+    /// Of calibrated layers.
+    pub health: Option<Health>,
+    /// What it took, its share of its inputs' Hessian left out.
+    pub seconds: f64,
+}
+
+impl Layer {
+    /// Whether it had to be content with less than the method promises: damping raised, rows left to nearest rounding, or
+    /// fewer tokens than inputs.
+    pub fn fell_back(&self) -> bool {
+        let few = self.health.is_some_and(|h| h.tokens < self.shape.last().copied().unwrap_or(0));
+        few || self.raised_damping.is_some() || self.error.is_some_and(|e| e.rows_nearest > 0)
+    }
 }
 
 /// Told as work proceeds: the share that is done, and the tensor at hand.
@@ -82,8 +109,14 @@ pub struct Job<'a> {
     pub plan: &'a [TensorPlan],
     /// How.
     pub method: Method,
-    /// Calibration text; needed by [`Method::Gptq`].
+    /// Whether scales, norms and biases are tuned behind the rounding of each block.
+    pub heal: Option<Heal>,
+    /// How much the error of each input counts for [`Method::Nearest`], by GGUF's name of the matrix.
+    pub importance: Option<&'a HashMap<String, Vec<f32>>>,
+    /// Calibration text; needed by [`Method::Gptq`] and for healing.
     pub tokens: Option<&'a Tokens>,
+    /// Most bytes of activations in memory; beyond, they go to disk.
+    pub memory: Option<usize>,
     /// Anything else that results depend on; a partial result with another identity is thrown away.
     pub identity: String,
     /// The folder for partial results.
@@ -98,144 +131,80 @@ impl Job<'_> {
     pub fn run(&self, progress: &mut Progress) -> Result<Vec<Layer>, Error> {
         self.prepare()?;
         let mut products = Products::new(self.device);
-        match self.method {
-            Method::Nearest => {
-                for i in 0..self.plan.len() {
-                    self.nearest(i, &products, progress)?;
-                }
+        if self.method == Method::Nearest && self.heal.is_none() {
+            for i in 0..self.plan.len() {
+                self.nearest(i, &products, progress)?;
             }
-            Method::Gptq(settings) => self.calibrated(&settings, &mut products, progress)?,
+        } else {
+            self.calibrated(&mut products, progress)?;
         }
         self.plan.iter().enumerate().map(|(i, plan)| self.layer(i, plan)).collect()
     }
 
-    /// Makes the folder, empty if it holds results of other settings.
-    fn prepare(&self) -> Result<(), Error> {
-        let mark = self.partial.join("identity.txt");
-        let identity = format!("{}\n{:?}\n", self.identity, self.method);
-        if std::fs::read_to_string(&mark).is_ok_and(|found| found == identity) {
-            return Ok(());
+    /// What healing did to each block.
+    ///
+    /// # Errors
+    /// If a partial result is damaged.
+    pub fn healing(&self) -> Result<Vec<Healed>, Error> {
+        if self.heal.is_none() {
+            return Ok(Vec::new());
         }
-        let io = |e| Error::Io { what: format!("cannot use {}", self.partial.display()), source: e };
-        if self.partial.exists() {
-            // Only what this module writes: never a folder that somebody else filled.
-            for entry in std::fs::read_dir(&self.partial).map_err(io)? {
-                let path = entry.map_err(io)?.path();
-                let ours = path
-                    .extension()
-                    .is_some_and(|e| ["tensor", "json", "txt", "tmp"].iter().any(|k| e == *k));
-                if ours {
-                    std::fs::remove_file(&path).map_err(io)?;
-                }
-            }
-        }
-        std::fs::create_dir_all(&self.partial).map_err(io)?;
-        save(&mark, identity.as_bytes())
-    }
-
-    /// Deletes the folder for partial results.
-    pub fn clean(&self) {
-        for i in 0..self.plan.len() {
-            let _ = std::fs::remove_file(self.path(i, "tensor"));
-            let _ = std::fs::remove_file(self.path(i, "json"));
-        }
-        let _ = std::fs::remove_file(self.partial.join("identity.txt"));
-        // Fails if it holds anything else, as it should.
-        let _ = std::fs::remove_dir(&self.partial);
-    }
-
-    fn path(&self, i: usize, kind: &str) -> PathBuf {
-        self.partial.join(format!("{i:05}.{kind}"))
-    }
-
-    fn is_done(&self, i: usize) -> bool {
-        self.plan[i].grid().is_none() || self.path(i, "json").exists()
-    }
-
-    fn share_done(&self) -> f64 {
-        let all: usize = self.plan.iter().filter(|p| p.grid().is_some()).map(TensorPlan::numel).sum();
-        let done = (0..self.plan.len()).filter(|&i| self.plan[i].grid().is_some() && self.is_done(i));
-        done.map(|i| self.plan[i].numel()).sum::<usize>() as f64 / all.max(1) as f64
-    }
-
-    fn layer(&self, i: usize, plan: &TensorPlan) -> Result<Layer, Error> {
-        if plan.grid().is_none() {
-            return Ok(describe(plan));
-        }
-        let path = self.path(i, "json");
-        let damaged = |what: String| Error::Partial { path: path.clone(), what };
-        let bytes = std::fs::read(&path).map_err(|e| damaged(e.to_string()))?;
-        serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))
-    }
-
-    /// A tensor as the original has it, in the model's layout.
-    fn original(&self, i: usize) -> Result<Stored, Error> {
-        let spec = &self.plan[i].spec;
-        let tensor = self.source.require(&spec.source_name)?;
-        let turned = spec.transform.apply(tensor.bytes, tensor.info.dtype, &tensor.info.shape)?;
-        let (dtype, bytes) = (turned.dtype, turned.bytes.into_owned());
-        self.source.release(&spec.source_name);
-        Ok(Stored { name: spec.name.clone(), shape: spec.shape.clone(), dtype, bytes })
-    }
-
-    /// A tensor as it will be, in the model's layout.
-    fn result(&self, i: usize) -> Result<Stored, Error> {
-        let plan = &self.plan[i];
-        let (name, shape) = (plan.spec.name.clone(), plan.spec.shape.clone());
-        if plan.grid().is_some() {
-            let path = self.path(i, "tensor");
-            let bytes = std::fs::read(&path)
-                .map_err(|e| Error::Partial { path: path.clone(), what: e.to_string() })?;
-            if bytes.len() != plan.bytes() {
-                let what = format!("it has {} bytes instead of {}", bytes.len(), plan.bytes());
-                return Err(Error::Partial { path, what });
-            }
-            return Ok(Stored { name, shape, dtype: plan.to, bytes });
-        }
-        let original = self.original(i)?;
-        if original.dtype == plan.to {
-            return Ok(original);
-        }
-        let values = values(&original)?;
-        let mut bytes = vec![0; plan.bytes()];
-        codec::encode(plan.to, &values, &mut bytes)?;
-        Ok(Stored { name, shape, dtype: plan.to, bytes })
-    }
-
-    fn finish(&self, i: usize, bytes: &[u8], layer: &Layer) -> Result<(), Error> {
-        save(&self.path(i, "tensor"), bytes)?;
-        // Its presence says that the tensor is complete.
-        save(&self.path(i, "json"), &serde_json::to_vec(layer).expect("plain data"))
+        (0..self.model.facts().n_layers()).filter_map(|l| self.healed(l).transpose()).collect()
     }
 
     fn nearest(&self, i: usize, products: &Products, progress: &mut Progress) -> Result<(), Error> {
         let plan = &self.plan[i];
         let Some(grid) = plan.grid().filter(|_| !self.is_done(i)) else { return Ok(()) };
         progress(self.share_done(), &plan.spec.name);
+        let start = Instant::now();
         let w = values(&self.original(i)?)?;
-        let rounded = gptq::nearest(&w, plan.spec.shape[1], grid, None, products.threads());
-        self.finish(i, &rounded.bytes(), &describe(plan))
+        let cols = plan.spec.shape[1];
+        let importance = self.importance.and_then(|all| all.get(&plan.gguf_name));
+        if let Some(found) = importance.filter(|x| x.len() != cols) {
+            return Err(Error::Importance { name: plan.gguf_name.clone(), found: found.len(), cols });
+        }
+        let rounded = gptq::nearest(&w, cols, grid, importance.map(|x| &x[..]), products.threads());
+        let layer = Layer { seconds: start.elapsed().as_secs_f64(), ..describe(plan) };
+        self.finish(i, &rounded.bytes(), &layer)
     }
 
-    fn calibrated(
-        &self,
-        settings: &Gptq,
-        products: &mut Products,
-        progress: &mut Progress,
-    ) -> Result<(), Error> {
+    fn settings(&self) -> Gptq {
+        match self.method {
+            Method::Gptq(settings) => settings,
+            Method::Nearest => Gptq { asymmetric: 0.0, ..Gptq::default() },
+        }
+    }
+
+    /// Whether nothing is left to do.
+    fn all_done(&self) -> bool {
+        let blocks = 0..self.model.facts().n_layers();
+        (0..self.plan.len()).all(|i| self.is_done(i))
+            && (self.heal.is_none() || blocks.into_iter().all(|l| matches!(self.healed(l), Ok(Some(_)))))
+    }
+
+    /// Where activations go that would take more memory than is allowed: two streams, each old and new.
+    fn spill(&self, tokens: &Tokens) -> Option<&std::path::Path> {
+        let bytes = 4 * 4 * tokens.len() * self.model.facts().hidden_size;
+        self.memory.is_some_and(|most| bytes > most).then_some(self.partial.as_path())
+    }
+
+    fn calibrated(&self, products: &mut Products, progress: &mut Progress) -> Result<(), Error> {
         let tokens = self.tokens.ok_or(Error::NoCalibration)?;
+        let settings = &self.settings();
         let blocks = (0..self.model.facts().n_layers()).map(Part::Block);
         let mut parts = Vec::new();
         for part in blocks.chain([Part::Head]) {
             parts.push((part, self.tensors(part)?));
         }
         let in_parts: HashSet<usize> = parts.iter().flat_map(|(_, t)| t.iter().copied()).collect();
-        if (0..self.plan.len()).all(|i| self.is_done(i)) {
+        if self.all_done() {
             return Ok(());
         }
         // What no block and no head reads is looked up by token or position: no Hessian weighs its columns.
         for i in 0..self.plan.len() {
-            if !in_parts.contains(&i) {
+            if !in_parts.contains(&i)
+                || (self.method == Method::Nearest && layer_of(&self.plan[i].gguf_name).is_none())
+            {
                 self.nearest(i, products, progress)?;
             }
         }
@@ -243,7 +212,7 @@ impl Job<'_> {
         if self.model.facts().tied_head {
             self.tied_table(settings, products, progress, &parts)?;
         }
-        let both = settings.asymmetric > 0.0;
+        let both = settings.asymmetric > 0.0 || self.heal.is_some();
         let tables = |rounded: bool| -> Result<Weights, Error> {
             let mut weights = Weights::new();
             for i in self.embedding_tensors()? {
@@ -254,20 +223,104 @@ impl Job<'_> {
             Ok(weights)
         };
         let original = if both { Some(tables(false)?) } else { None };
-        let (device, model) = (self.device, self.model);
-        let mut streams = Streams::start(device, model, tokens, settings.precision, original, tables(true)?)?;
+        let mut streams = Streams::start(self.springs(tokens, settings), original, tables(true)?)?;
         for (part, tensors) in &parts {
-            let pending = tensors.iter().any(|&i| !self.is_done(i));
             // Behind the last pending tensor nothing needs the streams.
-            if !pending && (0..self.plan.len()).all(|i| self.is_done(i)) {
+            if self.all_done() {
                 break;
             }
-            let sides = self.part(*part, tensors, settings, products, &streams, progress)?;
-            if *part != Part::Head {
-                streams.advance(*part, &sides)?;
+            let mut sides = self.part(*part, tensors, settings, products, &streams, progress)?;
+            match (part, &self.heal) {
+                (Part::Head, _) => {}
+                (Part::Block(layer), Some(heal)) => {
+                    let targets = streams.targets(*part, &sides)?;
+                    if self.healed(*layer)?.is_none() {
+                        progress(self.share_done(), &format!("healing block {layer}"));
+                        self.heal_block(*part, tensors, heal, &streams, &targets)?;
+                        for &i in tensors {
+                            sides.replace(&self.result(i)?)?;
+                        }
+                    }
+                    streams.advance_to(*part, &sides, targets)?;
+                }
+                (Part::Block(_), None) => streams.advance(*part, &sides)?,
             }
         }
         Ok(())
+    }
+
+    fn springs<'s>(&'s self, tokens: &'s Tokens, settings: &Gptq) -> Springs<'s> {
+        Springs {
+            device: self.device,
+            model: self.model,
+            tokens,
+            precision: settings.precision,
+            spill: self.spill(tokens),
+        }
+    }
+
+    /// Tunes what lies behind the codes of a block, and its norms and biases.
+    fn heal_block(
+        &self,
+        part: Part,
+        tensors: &[usize],
+        settings: &Heal,
+        streams: &Streams,
+        targets: &crate::activations::Activations,
+    ) -> Result<(), Error> {
+        let subjects = tensors.iter().map(|&i| self.subject(i)).collect::<Result<Vec<_>, _>>()?;
+        let (tuned, healed) = heal(streams, part, &subjects, targets, settings)?;
+        for (&i, tuned) in tensors.iter().zip(tuned) {
+            let plan = &self.plan[i];
+            let mut bytes = self.written(i)?;
+            match tuned {
+                None => continue,
+                Some(Tuned::Vector(values)) => {
+                    bytes = values.into_iter().flat_map(f32::to_le_bytes).collect();
+                }
+                Some(Tuned::Scales(d, m)) => match plan.plain {
+                    None => free::put(plan.to, &mut bytes, &d, m.as_deref()),
+                    Some(plain) => {
+                        let mut rounded = self.rounded(i, plain)?;
+                        for (s, d) in rounded.scales.iter_mut().zip(d) {
+                            // The zero is a whole number of scales, so the minimum moves with the scale.
+                            s.d = sparsam_dtype::codec::blocks::stored(d);
+                            s.dmin = s.d;
+                        }
+                        bytes = rounded.bytes();
+                    }
+                },
+            }
+            save(&self.path(i, "healed"), &bytes)?;
+        }
+        self.mark_healed(&healed)
+    }
+
+    /// A tensor as healing sees it.
+    fn subject(&self, i: usize) -> Result<Subject, Error> {
+        let plan = &self.plan[i];
+        let (name, shape) = (plan.spec.name.clone(), plan.spec.shape.clone());
+        if let (Some(plain), &[rows, cols]) = (plan.plain, &shape[..]) {
+            return Ok(Subject::Rounded { name, shape: [rows, cols], free: self.plain_free(i, plain)? });
+        }
+        let s = self.result(i)?;
+        let taken = if plan.grid().is_some() { free::take(s.dtype, &s.bytes)? } else { None };
+        Ok(match (taken, &shape[..]) {
+            (Some(free), &[rows, cols]) => Subject::Rounded { name, shape: [rows, cols], free },
+            (_, [_]) if plan.to == sparsam_dtype::DType::F32 => Subject::Vector { name, values: values(&s)? },
+            _ => Subject::Fixed { name, shape, values: values(&s)? },
+        })
+    }
+
+    fn plain_free(&self, i: usize, plain: Plain) -> Result<Free, Error> {
+        let rounded = self.rounded(i, plain)?;
+        let (d, zeros) = rounded.scales_and_zeros();
+        let row = |codes: &[u8], zeros: &[u8]| -> Vec<f32> {
+            let groups = codes.chunks(plain.group).zip(zeros);
+            groups.flat_map(|(c, &z)| c.iter().map(move |&c| f32::from(c) - f32::from(z))).collect()
+        };
+        let rows = rounded.codes.chunks(rounded.cols).zip(zeros.chunks(plain.groups(rounded.cols)));
+        Ok(Free { d, v: rows.flat_map(|(c, z)| row(c, z)).collect(), min: None })
     }
 
     fn constants(&self, weights: &mut Weights) -> Result<(), Error> {
@@ -312,6 +365,13 @@ impl Job<'_> {
             let pending: Vec<usize> = members.into_iter().filter(|&t| !self.is_done(tensors[t])).collect();
             let Some(&first) = pending.first() else { continue };
             progress(self.share_done(), &self.plan[tensors[first]].spec.name);
+            if self.method == Method::Nearest {
+                for t in pending {
+                    self.nearest(tensors[t], products, progress)?;
+                    sides.replace(&self.result(tensors[t])?)?;
+                }
+                continue;
+            }
             let hessian = streams.hessian(part, &sides, s, stage.n)?;
             let problem = Problem::new(&hessian, settings, products.threads())?;
             for t in pending {
@@ -334,6 +394,7 @@ impl Job<'_> {
         products: &mut Products,
     ) -> Result<(), Error> {
         let plan = &self.plan[i];
+        let start = Instant::now();
         let grid: Grid = plan.grid().unwrap_or_else(|| unreachable!("only what has a grid is pending"));
         let mut w = values(original)?;
         if let Some(cross) = &problem.cross {
@@ -345,6 +406,8 @@ impl Job<'_> {
             error: Some(error),
             dead_inputs: problem.damped.dead,
             raised_damping: problem.raised,
+            health: Some(problem.health),
+            seconds: start.elapsed().as_secs_f64(),
             ..describe(plan)
         };
         self.finish(i, &rounded.bytes(), &layer)
@@ -372,7 +435,7 @@ impl Job<'_> {
             weights.insert(&s.name, &s.shape, s.dtype, &s.bytes)?;
         }
         self.constants(&mut weights)?;
-        let mut streams = Streams::start(self.device, self.model, tokens, settings.precision, None, weights)?;
+        let mut streams = Streams::start(self.springs(tokens, settings), None, weights)?;
         for (block, tensors) in &parts[..parts.len() - 1] {
             let originals = tensors.iter().map(|&i| self.original(i)).collect::<Result<Vec<_>, _>>()?;
             streams.advance(*block, &Sides::new(self.model, &originals)?)?;
@@ -387,68 +450,6 @@ impl Job<'_> {
         let original = self.original(i)?;
         self.round(i, &original, &problem, settings, products)
     }
-
-    /// Writes the model as a GGUF file with this metadata; tensors in the order of the source.
-    ///
-    /// # Errors
-    /// If the disk is full or a partial result is missing.
-    pub fn write_gguf(&self, out: &Path, metadata: &gguf::Metadata) -> Result<(), Error> {
-        let is_gguf = self.source.gguf_metadata().is_some();
-        let mut order: Vec<Entry> = Vec::new();
-        let mut taken = vec![false; self.plan.len()];
-        for info in self.source.tensors() {
-            let plan = self.plan.iter().position(|p| p.spec.source_name == info.name);
-            match plan {
-                Some(i) => {
-                    taken[i] = true;
-                    order.push(Entry::Planned(i));
-                }
-                // Rotary frequencies and the like, which only GGUF's readers know.
-                None if is_gguf => order.push(Entry::Copied(info.name.clone())),
-                None => {}
-            }
-        }
-        debug_assert!(taken.iter().all(|t| *t), "every planned tensor is in the source");
-        let mut specs = Vec::new();
-        for entry in &order {
-            specs.push(match entry {
-                Entry::Planned(i) => self.gguf_spec(*i),
-                Entry::Copied(name) => TensorSpec::from(self.source.require(name)?.info),
-            });
-        }
-        let mut writer = gguf::Writer::create(out, metadata, &specs)?;
-        for (entry, spec) in order.iter().zip(&specs) {
-            match entry {
-                Entry::Planned(i) => {
-                    let s = self.result(*i)?;
-                    let back = self.gguf_transform(*i).inverse();
-                    let turned = back.apply(&s.bytes, s.dtype, &s.shape)?;
-                    writer.append(&spec.name, &turned.bytes)?;
-                }
-                Entry::Copied(name) => writer.append(name, self.source.require(name)?.bytes)?,
-            }
-        }
-        Ok(writer.finish()?)
-    }
-
-    fn gguf_transform(&self, i: usize) -> sparsam_formats::Transform {
-        let name = &self.plan[i].spec.name;
-        let stored = self.model.stored_as(sparsam_formats::Kind::Gguf, name);
-        stored.unwrap_or_else(|| unreachable!("{name} is a parameter of the model")).1
-    }
-
-    fn gguf_spec(&self, i: usize) -> TensorSpec {
-        let plan = &self.plan[i];
-        let shape = self.gguf_transform(i).inverse().shape(&plan.spec.shape);
-        TensorSpec { name: plan.gguf_name.clone(), shape, dtype: plan.to }
-    }
-}
-
-enum Entry {
-    /// A tensor of the plan.
-    Planned(usize),
-    /// A tensor of the source that is no parameter.
-    Copied(String),
 }
 
 /// A Hessian ready for use.
@@ -457,6 +458,7 @@ struct Problem {
     factor: Factor,
     cross: Option<Vec<f32>>,
     raised: Option<f32>,
+    health: Health,
 }
 
 impl Problem {
@@ -469,39 +471,14 @@ impl Problem {
             let damped = h.damped(damping);
             let raised = (damping != settings.damping).then_some(damping);
             match Factor::new(&damped, settings.options.act_order, threads) {
-                Ok(factor) => return Ok(Problem { damped, factor, cross, raised }),
+                Ok(factor) => {
+                    let (rank, condition) = (h.effective_rank(), factor.condition(&damped));
+                    let health = Health { tokens: h.tokens, rank, condition };
+                    return Ok(Problem { damped, factor, cross, raised, health });
+                }
                 Err(e) if damping >= 1.0 => return Err(e),
                 Err(_) => damping = (damping * 10.0).max(1e-3),
             }
         }
     }
-}
-
-fn describe(plan: &TensorPlan) -> Layer {
-    Layer {
-        name: plan.spec.name.clone(),
-        from: plan.from.to_string(),
-        to: plan.to.to_string(),
-        shape: plan.spec.shape.clone(),
-        error: None,
-        dead_inputs: 0,
-        raised_damping: None,
-    }
-}
-
-/// A tensor's numbers, all of them finite.
-fn values(s: &Stored) -> Result<Vec<f32>, Error> {
-    let mut w = vec![0.0; s.shape.iter().product()];
-    codec::decode(s.dtype, &s.bytes, &mut w)?;
-    match w.iter().position(|v| !v.is_finite()) {
-        None => Ok(w),
-        Some(at) => Err(Error::NotFinite { name: s.name.clone(), at, value: w[at] }),
-    }
-}
-
-fn save(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let mut file = AtomicFile::create(path)?;
-    file.write_all(bytes)
-        .map_err(|e| Error::Io { what: format!("cannot write {}", path.display()), source: e })?;
-    Ok(file.commit()?)
 }

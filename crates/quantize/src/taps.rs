@@ -109,12 +109,12 @@ pub(crate) fn stages(model: &Model, part: Part, shapes: &Shapes) -> Result<Vec<S
     Ok(stages.into_iter().map(|(_, stage)| stage).collect())
 }
 
-/// The graph that gives `want`. With `original`, both sides; without, the rounded side alone.
+/// The graph that gives `want`, of the sides whose shapes are given; products want the rounded side.
 pub(crate) fn graph(
     model: &Model,
     part: Part,
     batch: &Batch,
-    rounded: &Shapes,
+    rounded: Option<&Shapes>,
     original: Option<&Shapes>,
     want: Want,
 ) -> Result<Graph, Error> {
@@ -140,13 +140,14 @@ pub(crate) fn graph(
         Ok((inputs.into_iter().map(|id| ids[id.index()]).collect(), ids[y.index()]))
     };
     let before = original.map(|shapes| side(&mut graph, shapes, "")).transpose()?;
-    let (inputs, y) = side(&mut graph, rounded, ROUNDED)?;
-    match want {
-        Want::Outputs => {
-            graph.outputs.push((format!("{ROUNDED}y"), y));
+    let after = rounded.map(|shapes| side(&mut graph, shapes, ROUNDED)).transpose()?;
+    match (want, after) {
+        (Want::Outputs, after) => {
+            graph.outputs.extend(after.map(|(_, y)| (format!("{ROUNDED}y"), y)));
             graph.outputs.extend(before.map(|(_, y)| ("y".to_string(), y)));
         }
-        Want::Products(stage) => {
+        (Want::Products(_), None) => unreachable!("products are of the rounded side's inputs"),
+        (Want::Products(stage), Some((inputs, _))) => {
             let x = inputs[stage];
             let h = product(&mut graph, x, x, batch.precision);
             graph.outputs.push(("h".into(), h));

@@ -145,8 +145,11 @@ fn singular_hessians_are_rounded_too() {
     for (name, x, dead) in
         [("dead", x, 35), ("nothing", vec![0.0; tokens * n], n), ("same", vec![1.0; tokens * n], 0)]
     {
-        let damped = hessian(&mut products, &x, n).damped(0.01);
+        let h = hessian(&mut products, &x, n);
+        let damped = h.damped(0.01);
         assert_eq!(damped.dead, dead, "{name}");
+        let most = if name == "same" { 1.0001 } else { (n - dead) as f64 };
+        assert!(h.effective_rank() <= most, "{name}: rank {}", h.effective_rank());
         let factor = Factor::new(&damped, true, 2).unwrap();
         let (rounded, error) = gptq(&mut products, &w, &damped, &factor, grid, &Options::default()).unwrap();
         assert!(error.rounded <= error.nearest, "{name}: {error:?}");
@@ -179,4 +182,26 @@ fn shifted_weights_make_up_for_changed_inputs() {
     };
     let (none, half, full) = (error(0.0), error(0.5), error(1.0));
     assert!(full < 0.2 * none && half < none && full < half, "{none} {half} {full}");
+}
+
+/// Rank and condition of a Hessian that can be worked out: inputs that are independent but for one that is another's double.
+#[test]
+fn hessians_tell_how_good_they_are() {
+    let n = 4;
+    let mut h = Hessian::new(n);
+    // Diagonal 1, 4, 9, 16, with the first two in step: correlations 1 between them, 0 otherwise.
+    let mut sum = vec![0.0; n * n];
+    for (i, size) in [1.0f32, 2.0, 3.0, 4.0].into_iter().enumerate() {
+        sum[i * n + i] = size * size;
+    }
+    (sum[1], sum[n]) = (2.0, 2.0);
+    h.add(&sum, None, 1);
+    // 16 / (4 + 2 * 1).
+    assert!((h.effective_rank() - 16.0 / 6.0).abs() < 1e-6, "{}", h.effective_rank());
+    let damped = h.damped(0.1);
+    // The mean of the diagonal is 7.5, so 0.75 is added; eigenvalues 0, 5, 9, 16.
+    for act_order in [false, true] {
+        let condition = Factor::new(&damped, act_order, 1).unwrap().condition(&damped);
+        assert!((condition - 16.75 / 0.75).abs() < 0.1, "{condition}");
+    }
 }

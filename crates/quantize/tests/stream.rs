@@ -5,6 +5,7 @@ use sparsam_formats::{Source, TensorSpec, gguf};
 use sparsam_ir::{Precision, Trace};
 use sparsam_models::nn::Batch;
 use sparsam_models::{Config, Model};
+use sparsam_quantize::heal::Heal;
 use sparsam_quantize::recipe::{self, TensorPlan};
 use sparsam_quantize::stream::{Gptq, Job, Layer, Method};
 use sparsam_quantize::{Error, Tokens, budget};
@@ -141,16 +142,24 @@ impl Setup {
             device: &self.device,
             plan,
             method,
+            heal: None,
+            importance: None,
             tokens: Some(&self.tokens),
+            memory: None,
             identity: "test".into(),
             partial: self.dir.path().join("out.partial"),
         }
     }
 
+    /// The same job once more.
+    fn job_like<'a>(&'a self, job: &Job<'a>) -> Job<'a> {
+        Job { heal: job.heal, ..self.job(job.plan, job.method) }
+    }
+
     fn write(&self, job: &Job) -> (Vec<f32>, Vec<u8>, Vec<Layer>) {
         let layers = job.run(&mut |_, _| {}).unwrap();
         let out = self.dir.path().join("out.gguf");
-        job.write_gguf(&out, self.source.gguf_metadata().unwrap()).unwrap();
+        job.write_gguf(&out, self.source.gguf_metadata().unwrap(), None).unwrap();
         job.clean();
         assert!(!job.partial.exists(), "nothing half-written stays");
         (logits(&out), std::fs::read(&out).unwrap(), layers)
@@ -271,5 +280,185 @@ fn budgets_are_kept_and_spent_where_it_matters() {
         last = loss;
         plan.iter_mut().zip(at.iter().zip(&choices)).for_each(|(p, (&i, c))| p.to = c[i].dtype);
         assert!(plan.iter().map(TensorPlan::bytes).sum::<usize>() <= budget);
+    }
+}
+
+/// Healing brings the written model nearer to the original, for nearest codes and for GPTQ's, and every block says so.
+#[test]
+fn healed_models_are_nearer_still() {
+    let s = setup(false, false);
+    let original = logits(s.source.path());
+    for (dtype, method) in [
+        (DType::S2_64, Method::Nearest),
+        (DType::Q4_1, Method::Nearest),
+        (DType::S3_64, gptq(0.5)),
+        (DType::Q4_0, gptq(0.0)),
+    ] {
+        let plan = s.plan(dtype);
+        let rounded = distance(&original, &s.write(&s.job(&plan, method)).0);
+        let job = Job { heal: Some(Heal::new(60)), ..s.job(&plan, method) };
+        job.run(&mut |_, _| {}).unwrap();
+        let healing = job.healing().unwrap();
+        assert_eq!(healing.len(), 2);
+        for h in &healing {
+            assert!(h.kept && h.after < 0.97 * h.before, "{dtype}: {h:?}");
+        }
+        let healed = distance(&original, &s.write(&job).0);
+        println!("{dtype} {method:?}: rounded {rounded:.1}, healed {healed:.1}, {healing:?}");
+        assert!(healed < 0.95 * rounded, "{dtype}: {rounded}, healed {healed}");
+    }
+}
+
+/// Healing counts steps and draws nothing: a run gives the same bytes again, on any number of threads, and after it died in
+/// the middle, wherever that was.
+#[test]
+fn healing_replays_and_resumes() {
+    let s = setup(true, false);
+    let plan = s.plan(DType::Q4_0);
+    let job = Job { heal: Some(Heal::new(7)), ..s.job(&plan, gptq(0.5)) };
+    let (_, want, _) = s.write(&job);
+    let one = Device::cpu(1).unwrap();
+    assert_eq!(s.write(&Job { device: &one, ..s.job_like(&job) }).1, want, "one thread");
+    // Spilled activations are the same numbers.
+    assert_eq!(s.write(&Job { memory: Some(1000), ..s.job_like(&job) }).1, want, "spilled");
+    for place in ["layers.0.mlp.up_proj", "healing block 0", "layers.1.self_attn.v_proj", "healing block 1"] {
+        let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            job.run(&mut |_, name| assert!(!name.contains(place), "killed"))
+        }));
+        assert!(died.is_err(), "{place}");
+        assert_eq!(s.write(&job).1, want, "{place}");
+    }
+}
+
+/// One layer is done anew with other settings; all others stay, byte for byte, healed norms too.
+#[test]
+fn one_layer_is_redone_alone() {
+    let s = setup(false, false);
+    let plan = s.plan(DType::Q4_0);
+    let job = Job { heal: Some(Heal::new(5)), ..s.job(&plan, gptq(0.5)) };
+    let (_, before, layers) = s.write(&job);
+    let first = s.dir.path().join("first.gguf");
+    std::fs::write(&first, &before).unwrap();
+    let name = "blk.1.ffn_down.weight";
+    let other = Method::Gptq(Gptq { damping: 0.5, precision: Precision::F32, ..Gptq::default() });
+    let job = Job { identity: "redo".into(), ..s.job(&plan, other) };
+    let file = Source::open(&first).unwrap();
+    job.adopt(&file, &layers, &[name.to_string()]).unwrap();
+    let mut seen = Vec::new();
+    job.run(&mut |_, name| seen.push(name.to_string())).unwrap();
+    assert!(seen.iter().all(|n| n.contains("layers.1.mlp.down_proj")), "{seen:?}");
+    s.write(&job);
+    let after = Source::open(s.dir.path().join("out.gguf")).unwrap();
+    for t in file.tensors() {
+        let same = after.require(&t.name).unwrap().bytes == file.require(&t.name).unwrap().bytes;
+        assert_eq!(same, t.name != name, "{}", t.name);
+    }
+    let said = job.adopt(&file, &layers, &["blk.9.x".into()]).unwrap_err().to_string();
+    assert!(said.contains("no tensor blk.9.x is rounded"), "{said}");
+    let other = s.plan(DType::Q8_0);
+    let said = s.job(&other, gptq(0.5)).adopt(&file, &layers, &[name.into()]).unwrap_err().to_string();
+    assert!(said.contains("is Q4_0 there, Q8_0 is asked"), "{said}");
+}
+
+/// What calibration saw of each layer is told.
+#[test]
+fn layers_tell_how_well_they_were_calibrated() {
+    let s = setup(false, false);
+    let plan = s.plan(DType::Q4_0);
+    let few = Tokens::new(&tokens(), 2, CTX).unwrap();
+    for (tokens, enough) in [(&s.tokens, true), (&few, false)] {
+        let job = Job { tokens: Some(tokens), ..s.job(&plan, gptq(0.0)) };
+        let (_, _, layers) = s.write(&job);
+        let down = layers.iter().find(|l| l.name.contains("layers.1.mlp.down_proj")).unwrap();
+        let h = down.health.unwrap();
+        assert_eq!(h.tokens, tokens.len());
+        assert!(h.rank > 2.0 && h.rank <= 128.0 && h.rank <= h.tokens as f64, "{h:?}");
+        assert!(h.condition > 1.0 && h.condition < 1e6, "{h:?}");
+        assert_eq!(down.fell_back(), !enough, "{down:?}");
+        assert!(layers.iter().filter(|l| l.to == "F32").all(|l| l.health.is_none() && !l.fell_back()));
+    }
+}
+
+/// An importance matrix weighs the search of scales; one of another model is refused.
+#[test]
+fn importance_weighs_the_inputs() {
+    let s = setup(false, false);
+    let plan = s.plan(DType::S3_64);
+    let name = "blk.0.attn_q.weight";
+    let of = |importance: Option<&std::collections::HashMap<String, Vec<f32>>>| {
+        let job = Job { importance, ..s.job(&plan, Method::Nearest) };
+        job.run(&mut |_, _| {}).map(|_| s.write(&job).1)
+    };
+    let first: Vec<f32> = (0..64).map(|i| if i == 3 { 1e4 } else { 1.0 }).collect();
+    let importance = [(name.to_string(), first)].into();
+    of(Some(&importance)).unwrap();
+    let weighed = column(&s, name, 3);
+    of(None).unwrap();
+    let plain = column(&s, name, 3);
+    assert!(weighed < 0.4 * plain, "{weighed}, without {plain}");
+    let wrong = [(name.to_string(), vec![1.0; 63])].into();
+    let said = of(Some(&wrong)).unwrap_err().to_string();
+    assert!(said.contains("63 numbers for blk.0.attn_q.weight, whose rows have 64"), "{said}");
+}
+
+/// The squared error of a column of a tensor of `out.gguf`.
+fn column(s: &Setup, name: &str, column: usize) -> f64 {
+    let values = |source: &Source| {
+        let t = source.require(name).unwrap();
+        let mut x = vec![0f32; t.info.numel()];
+        sparsam_dtype::codec::decode(t.info.dtype, t.bytes, &mut x).unwrap();
+        x
+    };
+    let (a, b) = (values(&s.source), values(&Source::open(s.dir.path().join("out.gguf")).unwrap()));
+    let rows = a.chunks(64).zip(b.chunks(64));
+    rows.map(|(a, b)| f64::from(a[column] - b[column]).powi(2)).sum()
+}
+
+/// A folder in GPTQ's layout opens as any model, and means what was rounded: its logits are those of the codes.
+#[test]
+fn gptq_folders_are_models() {
+    let s = setup(false, false);
+    let original = logits(s.source.path());
+    let mut last = f64::INFINITY;
+    for (bits, group, symmetric) in [
+        (2, Some(32), false),
+        (3, Some(64), true),
+        (4, Some(128), true),
+        (4, None, false),
+        (8, Some(32), true),
+    ] {
+        let plan = recipe::plan_gptq(&s.model, &s.source, bits, group, symmetric).unwrap();
+        // 128 does not divide rows of 64.
+        let used = plan.iter().find_map(|p| p.plain).unwrap().group;
+        assert_eq!(used, group.map_or(64, |g| g.min(64)));
+        let run = |heal: Option<Heal>| {
+            let out = s.dir.path().join(format!("gptq-{bits}-{group:?}-{}", heal.is_some()));
+            let job = Job { heal, ..s.job(&plan, gptq(0.5)) };
+            let layers = job.run(&mut |_, _| {}).unwrap();
+            job.write_gptq(&out, None, &serde_json::json!({"by": "a test"})).unwrap();
+            job.clean();
+            (distance(&original, &logits(&out)), layers, out)
+        };
+        let (error, layers, out) = run(None);
+        let (healed, ..) = run(Some(Heal::new(40)));
+        println!("{bits} bits, groups {group:?}: {error:.2}, healed {healed:.2}");
+        assert!(healed < error || bits == 8, "{bits} bits: {error}, healed {healed}");
+        assert!(error < 1.05 * last, "{bits} bits: {error}, fewer bits {last}");
+        last = error;
+        let rounded = layers.iter().filter(|l| l.to.contains("bits in groups")).count();
+        assert_eq!(rounded, 14);
+        let config = std::fs::read_to_string(out.join("quantize_config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        let want = group.map_or(-1, |g| g.min(64) as i64);
+        assert_eq!((&config["bits"], &config["group_size"]), (&bits.into(), &want.into()));
+        assert_eq!((&config["sym"], &config["desc_act"]), (&symmetric.into(), &false.into()));
+        assert_eq!(config["meta"]["by"], "a test");
+        let inside = std::fs::read_to_string(out.join("config.json")).unwrap();
+        let inside: serde_json::Value = serde_json::from_str(&inside).unwrap();
+        assert_eq!(inside["quantization_config"]["quant_method"], "gptq");
+    }
+    for (bits, group, says) in [(5, None, "2, 3, 4 or 8 bits, not 5"), (4, Some(48), "groups of 48")] {
+        let said = recipe::plan_gptq(&s.model, &s.source, bits, group, true).unwrap_err().to_string();
+        assert!(said.contains(says), "{said}");
     }
 }
