@@ -9,6 +9,7 @@ Writes: crates/train/tests/golden/CASE/config.json, model.safetensors    the mod
             loss         F32 (steps)                  mean cross-entropy before each step
             grad_norm    F32 (steps)                  before clipping
             f32_error    F32 (steps)                  how far the same training in f32 has been from it at most, up to each step
+            bf16_error   F32 (steps)                  the same under torch.autocast in bf16
 
 Losses and norms are those of a run in f64 and stored as F32. One thread. Betas 0.9 and 0.95, eps 1e-8, decay 0.1 on
 matrices only, gradients clipped at 0.5, which bites in the first steps.
@@ -47,7 +48,7 @@ def tokens(generator):
     return rows
 
 
-def train(model, rows, lrs):
+def train(model, rows, lrs, bf16=False):
     groups = [
         dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=0.1),
         dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0),
@@ -57,8 +58,9 @@ def train(model, rows, lrs):
     for step in range(STEPS):
         for group in optimiser.param_groups:
             group["lr"] = float(lrs[step])
-        logits = model(input_ids=rows[step, :, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), rows[step, :, 1:].reshape(-1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=rows[step, :, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), rows[step, :, 1:].reshape(-1))
         optimiser.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
@@ -88,15 +90,18 @@ def main():
         save_file(stored, str(folder / "model.safetensors"), metadata={"format": "pt"})
         loss32, norm32 = train(model, rows, lrs)
         model.load_state_dict(state)
+        loss16, norm16 = train(model, rows, lrs, bf16=True)
+        model.load_state_dict(state)
         model.double()
         loss, norm = train(model, rows, lrs)
-        error = torch.cummax((loss32 - loss).abs(), 0).values
+        error, error16 = (torch.cummax((x - loss).abs(), 0).values for x in (loss32, loss16))
         save_file(
             dict(tokens=rows.to(torch.int32), lr=lrs, loss=loss.float(), grad_norm=norm.float(),
-                 f32_error=error.float()),
+                 f32_error=error.float(), bf16_error=error16.float()),
             str(folder / "training.safetensors"),
         )
-        print(case, [round(float(x), 4) for x in loss[[0, 1, 9, 49, 199]]], "f32 off by", float(error[9]), float(error[199]))
+        print(case, [round(float(x), 4) for x in loss[[0, 1, 9, 49, 199]]], "f32 off by", float(error[9]), float(error[199]),
+              "bf16 off by", float(error16[0]), float(error16[9]), float(error16[199]))
 
 
 if __name__ == "__main__":

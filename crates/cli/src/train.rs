@@ -7,7 +7,7 @@ use anyhow::bail;
 use clap::ValueEnum;
 use serde_json::json;
 use sparsam_plan::units;
-use sparsam_train::config::{Arch, Config, SaveAs};
+use sparsam_train::config::{Arch, Compute, Config, OptimiserKind, SaveAs};
 use sparsam_train::metrics::StepRecord;
 use sparsam_train::schedule::Form;
 use sparsam_train::{Event, Run};
@@ -115,6 +115,9 @@ struct Flags {
     /// Micro-batches in a step [default: 1]
     #[arg(long)]
     accumulate: Option<usize>,
+    /// What changes the weights [default: adamw]
+    #[arg(long, alias = "optimiser")]
+    optimizer: Option<OptimizerName>,
     /// Highest learning rate [default: from the number of parameters]
     #[arg(long)]
     lr: Option<f64>,
@@ -157,6 +160,13 @@ struct Flags {
     /// Run node by node, without the compiler
     #[arg(long)]
     eager: bool,
+    /// What products are computed in; weights and moments stay f32 [default: f32]
+    #[arg(long)]
+    dtype: Option<ComputeName>,
+    /// What weights, moments, gradients and activations may take together, such as 1.9GB: forward values are computed
+    /// again until it fits
+    #[arg(long, value_name = "SIZE", conflicts_with = "eager")]
+    memory: Option<String>,
     /// Threads; 0 for all cores [default: 0]
     #[arg(long)]
     threads: Option<usize>,
@@ -181,6 +191,32 @@ impl From<ArchName> for Arch {
             ArchName::Gpt2 => Arch::Gpt2,
         }
     }
+}
+
+/// `--dtype`.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ComputeName {
+    /// 32-bit floats
+    F32,
+    /// Operands rounded to 8 bits, sums in f32
+    Bf16,
+}
+
+impl From<ComputeName> for Compute {
+    fn from(name: ComputeName) -> Compute {
+        match name {
+            ComputeName::F32 => Compute::F32,
+            ComputeName::Bf16 => Compute::Bf16,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OptimizerName {
+    /// Adam with decoupled weight decay
+    Adamw,
+    /// Orthogonal updates of the matrices between layers, AdamW for the rest
+    Muon,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -239,6 +275,11 @@ impl Flags {
         }
         put(self.batch, &mut r.batch);
         put(self.accumulate, &mut r.accumulate);
+        let kind = self.optimizer.map(|o| match o {
+            OptimizerName::Adamw => OptimiserKind::Adamw,
+            OptimizerName::Muon => OptimiserKind::Muon,
+        });
+        put(kind, &mut o.kind);
         put(self.lr, &mut o.lr);
         put(self.min_lr, &mut o.min_lr);
         let form = self.schedule.map(|s| match s {
@@ -263,6 +304,8 @@ impl Flags {
         put(save_as, &mut r.save_as);
         put(self.verify, &mut r.verify);
         put(self.eager.then_some(true), &mut r.eager);
+        put(self.dtype.map(Compute::from), &mut r.dtype);
+        put(self.memory, &mut r.memory);
         put(self.threads, &mut r.threads);
         put(self.usd_per_hour, &mut r.usd_per_hour);
         Ok(())
@@ -388,12 +431,13 @@ fn announce(run: &mut Run) {
         units::show_count(r.held_back_tokens as f64)
     );
     eprintln!(
-        "{} steps of {} x {} x {} tokens ({:.1} epochs), learning rate {}, {} of memory",
+        "{} steps of {} x {} x {} tokens ({:.1} epochs) {}, learning rate {}, {} of memory",
         s.steps,
         s.accumulate,
         s.batch,
         s.ctx,
         s.steps as f64 * s.tokens_per_step() as f64 / r.train_tokens.max(1) as f64,
+        if s.compute == Compute::Bf16 { "in bf16" } else { "in f32" },
         s.schedule.lr,
         text::bytes(bytes)
     );

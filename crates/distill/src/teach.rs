@@ -217,6 +217,7 @@ pub fn teach(
     let device = Device::cpu(config.threads)?;
     let optimiser = Optimiser {
         adamw: AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 },
+        muon: None,
         clip: Some(1.0),
     };
     let (mut taught, update) = load(opened, &device, config.step_tokens, &optimiser)?;

@@ -34,7 +34,7 @@ pub use op::{
     Attention, AttentionLayout, AttentionPart, Binary, CrossEntropyPart, Op, Precision, Real, Reduction,
     Unary,
 };
-pub use optimise::AdamW;
+pub use optimise::{AdamW, Muon};
 pub use sparsam_dtype::{DType, Layout};
 pub use trace::{AttentionScores, Tensor, Trace, TraceError};
 pub use verify::{VerifyError, verify};

@@ -1,5 +1,6 @@
 //! Optimisers, composed from primitive ops behind [`crate::grad()`].
 
+use crate::op::Precision;
 use crate::trace::Tensor;
 use sparsam_dtype::DType;
 
@@ -74,6 +75,80 @@ impl AdamW {
             decay => parameter * &rate(0).mul_scalar(-decay).add_scalar(1.0),
         };
         parameter.assign(&(kept - step))
+    }
+}
+
+/// Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"): the momentum of a matrix, its
+/// singular values brought near 1. For matrices between layers; embeddings, the head and vectors want [`AdamW`].
+///
+/// With gradient `g` and learning rate `lr`: `m = b m + (1 - b) g`, `u = b m + (1 - b) g` (Nesterov),
+/// `p = p (1 - lr weight_decay) - lr 0.2 sqrt(max(rows, cols)) orthogonal(u)`. The factor is Liu et al. 2025's ("Muon is
+/// scalable for LLM training", equation 4): updates are as large as AdamW's, so that both share rate and decay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Muon {
+    /// Decay of the mean of gradients, `b`.
+    pub momentum: f64,
+    /// Steps of the Newton-Schulz iteration.
+    pub iterations: usize,
+    /// Share of a parameter that goes with each unit of learning rate.
+    pub weight_decay: f64,
+}
+
+impl Default for Muon {
+    /// Jordan et al.'s 0.95 and 5 iterations; a decay of 0.1 (Liu et al. 2025).
+    fn default() -> Muon {
+        Muon { momentum: 0.95, iterations: 5, weight_decay: 0.1 }
+    }
+}
+
+impl Muon {
+    /// Jordan et al.'s quintic: its slope at 0 is as large as it can be while singular values end between 0.7 and 1.2.
+    const COEFFICIENTS: [f64; 3] = [3.4445, -4.7750, 2.0315];
+
+    /// The state that holds the momentum of the parameter `name`; it starts at 0.
+    pub fn momentum(name: &str) -> String {
+        format!("muon.m.{name}")
+    }
+
+    /// The next version of `parameter`, an F32 state (rows, cols); its momentum is written too. `gradient`: F32 of its
+    /// shape. `rates`: F32 (3) as for [`AdamW::update`]; only the learning rate is read.
+    #[track_caller]
+    pub fn update(&self, name: &str, parameter: &Tensor, gradient: &Tensor, rates: &Tensor) -> Tensor {
+        let t = parameter.trace();
+        let shape = parameter.shape();
+        let [rows, cols] = shape[..] else {
+            t.fail("muon", format!("{name} has the shape {shape:?}, which is no matrix"));
+            return parameter.clone();
+        };
+        let mixed = |m: &Tensor| m.mul_scalar(self.momentum) + gradient.mul_scalar(1.0 - self.momentum);
+        let m = t.state(&Muon::momentum(name), &shape, DType::F32);
+        let m = m.assign(&mixed(&m));
+        let lr = rates.slice(0, 0, 1).reshape(&[1, 1]).broadcast_to(&shape);
+        let scale = 0.2 * (rows.max(cols) as f64).sqrt();
+        let step = &lr * &self.orthogonal(&mixed(&m)).mul_scalar(scale);
+        let kept = match self.weight_decay {
+            0.0 => parameter.clone(),
+            decay => parameter * &lr.mul_scalar(-decay).add_scalar(1.0),
+        };
+        parameter.assign(&(kept - step))
+    }
+
+    /// The matrix with the same singular vectors and singular values near 1, by the Newton-Schulz iteration
+    /// `x = a x + (b x x^T + c (x x^T)^2) x` on the matrix divided by its norm. (rows, cols).
+    #[track_caller]
+    fn orthogonal(&self, u: &Tensor) -> Tensor {
+        let tall = u.shape()[0] > u.shape()[1];
+        let norm = (u * u).sum(&[0, 1]).sqrt().add_scalar(1e-7).reshape(&[1, 1]);
+        let mut x = u / &norm.broadcast_to(&u.shape());
+        let [a, b, c] = Muon::COEFFICIENTS;
+        for _ in 0..self.iterations {
+            // The smaller of both Gram matrices.
+            let gram = x.matmul_with(&x, tall, !tall, Precision::F32);
+            let poly = gram.mul_scalar(b) + gram.matmul(&gram).mul_scalar(c);
+            let turned = if tall { x.matmul(&poly) } else { poly.matmul(&x) };
+            x = x.mul_scalar(a) + turned;
+        }
+        x
     }
 }
 

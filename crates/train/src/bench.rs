@@ -74,7 +74,14 @@ pub fn bench(b: &Bench, profile: bool) -> Result<Measured, Error> {
     let model = Model::new(new::configure(&mut c, b.vocab_size, ctx)?);
     let start = Instant::now();
     let optimiser = Optimiser { clip: None, ..Optimiser::default() };
-    let how = How { rows: b.batch, ctx: b.seq, accumulate: 1, optimiser, options: b.options.clone() };
+    let how = How {
+        rows: b.batch,
+        ctx: b.seq,
+        accumulate: 1,
+        optimiser,
+        samples: false,
+        options: b.options.clone(),
+    };
     let mut learner = Learner::new(&model, how, &Device::cpu(b.threads)?)?;
     let compile_seconds = start.elapsed().as_secs_f64();
     learner.initialise(0)?;

@@ -8,7 +8,7 @@ use crate::lora::FinetuneConfig;
 use crate::optim::Optimiser;
 use crate::schedule::{Form, Schedule};
 use serde::{Deserialize, Serialize};
-use sparsam_ir::{AdamW, DType};
+use sparsam_ir::{AdamW, DType, Muon, Precision};
 use std::path::{Path, PathBuf};
 
 /// All settings of a run. `None` is derived, and filled in by [`Config::complete`].
@@ -88,10 +88,23 @@ pub struct DataConfig {
     pub ctx: Option<usize>,
 }
 
-/// `[optimiser]`: AdamW and its learning rate.
+/// Optimisers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimiserKind {
+    /// Adam with decoupled decay.
+    #[default]
+    Adamw,
+    /// Muon for the matrices between layers, AdamW for the rest; both at the same rate.
+    Muon,
+}
+
+/// `[optimiser]`: which one, and its learning rate.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimiserConfig {
+    /// Which one.
+    pub kind: Option<OptimiserKind>,
     /// The highest learning rate.
     pub lr: Option<f64>,
     /// The lowest, at the end.
@@ -108,6 +121,8 @@ pub struct OptimiserConfig {
     pub beta2: Option<f64>,
     /// Added to the root.
     pub eps: Option<f64>,
+    /// Decay of the mean of gradients under Muon.
+    pub momentum: Option<f64>,
     /// Decoupled decay of matrices.
     pub weight_decay: Option<f64>,
     /// Largest norm of all gradients together; 0: no limit.
@@ -150,10 +165,36 @@ pub struct RunConfig {
     pub verify: Option<u64>,
     /// Run node by node, without the compiler.
     pub eager: Option<bool>,
+    /// What products are computed in: `f32` or `bf16`. Weights, moments and all else are f32 either way.
+    pub dtype: Option<Compute>,
+    /// What weights, moments, gradients and activations may take together, such as `1.9GB`: forward values are computed
+    /// again until it fits.
+    pub memory: Option<String>,
     /// Threads; 0: all cores.
     pub threads: Option<usize>,
     /// What the machine costs an hour, in dollars.
     pub usd_per_hour: Option<f64>,
+}
+
+/// What products are computed in. Sums are f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// Operands rounded to 8 bits as they are read: twice as fast where the machine has the instructions.
+    Bf16,
+}
+
+impl Compute {
+    /// For the compiler; `None`: as the model is written.
+    pub fn precision(self) -> Option<Precision> {
+        match self {
+            Compute::F32 => None,
+            Compute::Bf16 => Some(Precision::Bf16),
+        }
+    }
 }
 
 /// Types that a trained model can be saved in.
@@ -231,6 +272,9 @@ pub struct Settings {
     pub max_rise: f64,
     pub verify: u64,
     pub eager: bool,
+    pub compute: Compute,
+    /// Bytes; `None`: as many as full speed takes.
+    pub memory: Option<usize>,
     pub threads: usize,
     pub usd_per_hour: Option<f64>,
     /// Evaluations without a lower loss after which the run ends; 0: it does not.
@@ -363,9 +407,33 @@ impl Config {
                 10.0,
             )?,
         };
-        let optimiser = Optimiser { adamw, clip: (clip > 0.0).then_some(clip) };
+        let muon = match o.kind.get_or_insert_default() {
+            OptimiserKind::Adamw if o.momentum.is_some() => {
+                return Err(Error::config(
+                    "optimiser.momentum",
+                    "belongs to kind = \"muon\"; AdamW has betas",
+                ));
+            }
+            OptimiserKind::Adamw => None,
+            OptimiserKind::Muon => {
+                let d = Muon::default();
+                let momentum = *o.momentum.get_or_insert(d.momentum);
+                let momentum = number("optimiser.momentum", momentum, 0.0, 0.999_999)?;
+                Some(Muon { momentum, weight_decay: adamw.weight_decay, ..d })
+            }
+        };
+        let optimiser = Optimiser { adamw, muon, clip: (clip > 0.0).then_some(clip) };
         number("data.held_back_part", *self.data.held_back_part.get_or_insert(0.05), 0.0, 0.9)?;
         let usd_per_hour = r.usd_per_hour.map(|p| number("run.usd_per_hour", p, 0.0, 1e9)).transpose()?;
+        let eager = *r.eager.get_or_insert(false);
+        let memory = match &r.memory {
+            Some(_) if eager => {
+                let problem = "node by node nothing is computed again; leave out run.memory or run.eager";
+                return Err(Error::config("run.memory", problem));
+            }
+            Some(m) => Some(sparsam_plan::units::bytes("run.memory", m)? as usize),
+            None => None,
+        };
         let eval_every = *r.eval_every.get_or_insert((steps / 20).max(1));
         Ok(Settings {
             ctx,
@@ -385,7 +453,9 @@ impl Config {
             save_as: *r.save_as.get_or_insert_default(),
             max_rise: number("run.max_rise", *r.max_rise.get_or_insert(2.0), 0.0, f64::MAX)?,
             verify: *r.verify.get_or_insert(0),
-            eager: *r.eager.get_or_insert(false),
+            eager,
+            compute: *r.dtype.get_or_insert_default(),
+            memory,
             threads: *r.threads.get_or_insert(0),
             usd_per_hour,
             patience: match &mut self.finetune {

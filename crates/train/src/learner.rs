@@ -7,12 +7,13 @@ use crate::random::Random;
 use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET};
 use sparsam_dtype::codec;
 use sparsam_engine::{Plan, Saver};
-use sparsam_formats::{Kind, Source};
-use sparsam_ir::{AdamW, DType, Graph, Trace};
+use sparsam_formats::{Kind, Source, gguf};
+use sparsam_ir::{DType, Graph, Op, Trace};
 use sparsam_models::adapter::DROPOUT_SEED;
 use sparsam_models::nn::{Batch, Cache};
 use sparsam_models::{Model, Parameter};
-use sparsam_runtime::{Data, Device, Options, Outputs, Session, Step, Weights};
+use sparsam_plan::units::show_bytes;
+use sparsam_runtime::{CompileError, Data, Device, Options, Outputs, Session, Step, Weights};
 use sparsam_tokenizer::Tokenizer;
 use std::collections::HashMap;
 use std::path::Path;
@@ -32,6 +33,8 @@ pub struct How {
     pub accumulate: usize,
     /// The optimiser.
     pub optimiser: Optimiser,
+    /// Whether it will write samples, whose cache then counts within a budget of memory.
+    pub samples: bool,
     /// Passes of the compiler; [`Options::eager`] runs node by node.
     pub options: Options,
 }
@@ -86,8 +89,8 @@ enum Programs {
 }
 
 impl Programs {
-    fn load(session: &mut Session, graphs: &Graphs, options: &Options) -> Result<Programs, Error> {
-        let mut load = |graph: &Graph| session.load(graph, options);
+    fn load(session: &mut Session, graphs: &Graphs, how: &How) -> Result<Programs, Error> {
+        let mut load = |graph: &Graph| graphs.load(session, graph, how);
         Ok(match &graphs.whole {
             Some(whole) => Programs::Whole(load(whole)?),
             None => Programs::Parts { accumulate: load(&graphs.accumulate)?, apply: load(&graphs.apply)? },
@@ -141,7 +144,7 @@ impl Learner {
         }
         let mut session = Session::new(device, Arc::new(weights));
         let graphs = Graphs::new(model, &how, &parameters, &leaves)?;
-        let programs = Programs::load(&mut session, &graphs, &how.options)?;
+        let programs = Programs::load(&mut session, &graphs, &how)?;
         let model = model.clone();
         Ok(Learner { model, how, session, parameters, leaves, seed, programs, evaluate: None, decode: None })
     }
@@ -187,6 +190,14 @@ impl Learner {
         Graphs::new(&self.model, &self.how, &self.parameters, &self.leaves)
     }
 
+    /// The options with which `graph`, one of its own, is compiled.
+    ///
+    /// # Errors
+    /// None behind [`Learner::new`].
+    pub(crate) fn within(&self, graph: &Graph) -> Result<Options, Error> {
+        Ok(self.graphs()?.within(graph, &self.how))
+    }
+
     /// Compiles the steps anew with `options`; weights and moments stay.
     ///
     /// # Errors
@@ -194,18 +205,19 @@ impl Learner {
     pub fn set_options(&mut self, options: Options) -> Result<(), Error> {
         self.how.options = options;
         let graphs = self.graphs()?;
-        self.programs = Programs::load(&mut self.session, &graphs, &self.how.options)?;
+        self.programs = Programs::load(&mut self.session, &graphs, &self.how)?;
         (self.evaluate, self.decode) = (None, None);
         Ok(())
     }
 
     /// The names and shapes of what a checkpoint holds: weights and moments.
     pub fn kept(&self) -> Vec<(String, Vec<usize>)> {
-        let of = |p: &Parameter| {
-            let [m, v] = AdamW::moments(&p.name);
-            [p.name.clone(), m, v].map(|name| (name, p.shape.clone()))
-        };
-        self.parameters.iter().flat_map(of).collect()
+        let mut kept = Vec::new();
+        for p in &self.parameters {
+            let moments = self.how.optimiser.moments(&p.name, p.shape.len());
+            kept.extend([p.name.clone()].into_iter().chain(moments).map(|name| (name, p.shape.clone())));
+        }
+        kept
     }
 
     /// The numbers of a weight or moment as they are now.
@@ -259,7 +271,7 @@ impl Learner {
         Ok(())
     }
 
-    /// Writes the model as it is: a GGUF file, or a folder as Hugging Face lays it out.
+    /// Writes the model as it is: a GGUF file (which says its `name`), or a folder as Hugging Face lays it out.
     ///
     /// # Errors
     /// If the format cannot hold the configuration or the tokenizer; if a weight is not finite or does not fit `dtype`;
@@ -270,8 +282,12 @@ impl Learner {
         kind: Kind,
         dtype: DType,
         tokenizer: Option<&Tokenizer>,
+        name: Option<&str>,
     ) -> Result<(), Error> {
-        let plan = Plan::uniform(&self.model, kind, dtype)?;
+        let mut plan = Plan::uniform(&self.model, kind, dtype)?;
+        if let Some(name) = name {
+            plan.about.insert("general.name", gguf::Value::String(name.to_string()));
+        }
         let mut saver = Saver::create(path, kind, &self.model, tokenizer, &plan)?;
         for p in &self.parameters {
             saver.append(&p.name, &p.shape, DType::F32, self.session.state_bytes(&p.name)?)?;
@@ -335,7 +351,10 @@ impl Learner {
         rows.pad_to(self.how.n_tokens());
         let step = match self.evaluate.take() {
             Some(step) => step,
-            None => self.session.load(&self.graphs()?.evaluate, &self.how.options)?,
+            None => {
+                let graphs = self.graphs()?;
+                graphs.load(&mut self.session, &graphs.evaluate, &self.how)?
+            }
         };
         let loss = self.session.run(&step, &inputs(&rows, &[1.0]))?.f32(LOSS)?[0] as f64;
         self.evaluate = Some(step);
@@ -359,11 +378,8 @@ impl Learner {
         let step = match self.decode.take() {
             Some(step) => step,
             None => {
-                let n_slots = pages * PAGE;
-                let cache = Cache { n_slots, page_size: PAGE, n_seqs: 1, n_pages: pages, dtype: DType::F32 };
-                let t = self.leaves.trace();
-                let logits = undropped(&self.model)?.trace(&t, &Batch::paged(1, cache));
-                self.session.load(&t.finish(&[("logits", &logits)])?, &self.how.options)?
+                let graphs = self.graphs()?;
+                graphs.load(&mut self.session, &graphs.decode, &self.how)?
             }
         };
         let table: Vec<i32> = (0..pages as i32).collect();
@@ -475,6 +491,8 @@ pub(crate) struct Graphs {
     pub accumulate: Graph,
     pub apply: Graph,
     pub evaluate: Graph,
+    /// One token of a sample.
+    pub decode: Graph,
 }
 
 impl Graphs {
@@ -482,6 +500,11 @@ impl Graphs {
         let batch = Batch::packed(how.n_tokens());
         let loss = |t: &Trace| step::language_model_loss(t, model, &batch);
         let evaluated = undropped(model)?;
+        let pages = how.ctx.div_ceil(PAGE);
+        let cache =
+            Cache { n_slots: pages * PAGE, page_size: PAGE, n_seqs: 1, n_pages: pages, dtype: DType::F32 };
+        let decode = leaves.trace();
+        let logits = evaluated.trace(&decode, &Batch::paged(1, cache));
         let shapes: Vec<(String, Vec<usize>)> =
             parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
         Ok(Graphs {
@@ -491,8 +514,66 @@ impl Graphs {
             accumulate: step::accumulate(leaves.trace(), loss)?,
             apply: step::apply(&shapes, &how.optimiser)?,
             evaluate: step::evaluate(leaves.trace(), |t| step::language_model_loss(t, &evaluated, &batch))?,
+            decode: decode.finish(&[("logits", &logits)])?,
         })
     }
+
+    /// Bytes that are kept from step to step: weights, moments, sums of gradients, the cache of samples. The second: of
+    /// these, what `graph` has no part in.
+    fn kept(&self, graph: &Graph, how: &How) -> (usize, usize) {
+        let parts = [&self.accumulate, &self.apply].into_iter().filter(|_| self.whole.is_none());
+        let samples = Some(&self.decode).filter(|_| how.samples);
+        let run = self.whole.iter().chain(parts).chain([&self.evaluate]).chain(samples);
+        let all: HashMap<&str, usize> = run.flat_map(states).collect();
+        let own: HashMap<&str, usize> = states(graph).collect();
+        let others = all.iter().filter(|(name, _)| !own.contains_key(*name)).map(|(_, bytes)| bytes).sum();
+        (all.values().sum(), others)
+    }
+
+    /// The options for one of the graphs: what only the others keep is taken off the budget of memory.
+    fn within(&self, graph: &Graph, how: &How) -> Options {
+        let (_, others) = self.kept(graph, how);
+        let memory = how.options.memory.map(|m| m.saturating_sub(others));
+        Options { memory, ..how.options.clone() }
+    }
+
+    fn load(&self, session: &mut Session, graph: &Graph, how: &How) -> Result<Step, Error> {
+        session.load(graph, &self.within(graph, how)).map_err(|e| match (e, how.options.memory) {
+            (sparsam_runtime::Error::Compile(CompileError::Memory { least, .. }), Some(budget)) => {
+                let (kept, others) = self.kept(graph, how);
+                refused(budget, least + others, kept, how)
+            }
+            (other, _) => other.into(),
+        })
+    }
+}
+
+/// Names and bytes of what a graph keeps from run to run.
+fn states(graph: &Graph) -> impl Iterator<Item = (&str, usize)> {
+    graph.nodes.iter().filter_map(|n| match &n.op {
+        Op::State { name, .. } => Some((name.as_str(), n.bytes())),
+        _ => None,
+    })
+}
+
+/// Why a budget of memory cannot be kept to, with what could be done.
+fn refused(budget: usize, least: usize, kept: usize, how: &How) -> Error {
+    // Rounded up: what is named suffices.
+    let megabytes = |bytes: usize| format!("{:.1} MB", (bytes as f64 / 1e5).ceil() / 10.0);
+    let mut problem = format!(
+        "{} cannot be reached: with all computed again that can be, {} x {} tokens take {}, of which {} are weights, \
+         moments and what else is kept from step to step; give at least that, or fewer rows (run.batch; run.accumulate \
+         makes up for them)",
+        show_bytes(budget as f64),
+        how.rows,
+        how.ctx,
+        megabytes(least),
+        megabytes(kept),
+    );
+    if how.optimiser.clip.is_some() && how.accumulate == 1 {
+        problem += "; without clipping (optimiser.clip = 0) gradients need not exist all at once";
+    }
+    Error::config("run.memory", problem)
 }
 
 #[cfg(test)]

@@ -126,7 +126,7 @@ impl Finetuned {
         if fresh.exists() {
             std::fs::remove_dir_all(&fresh).map_err(Error::io("delete", &fresh))?;
         }
-        learner.export(&fresh, Kind::Safetensors, DType::F32, self.opened.tokenizer.as_ref())?;
+        learner.export(&fresh, Kind::Safetensors, DType::F32, self.opened.tokenizer.as_ref(), None)?;
         if folder.exists() {
             std::fs::remove_dir_all(folder).map_err(Error::io("delete", folder))?;
         }

@@ -74,13 +74,14 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens `path` for a run that goes on behind step `step`: later lines, and a torn last one, are dropped first.
+    /// Opens `path` for a run that goes on behind step `step`: later lines, and a torn last one, are dropped first. A run
+    /// that begins writes all its lines anew.
     ///
     /// # Errors
     /// If it cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Metrics, Error> {
         let mut kept = AtomicFile::create(path)?;
-        for record in read(path)?.iter().filter(|r| r.step() <= step) {
+        for record in read(path)?.iter().filter(|r| step > 0 && r.step() <= step) {
             write(&mut kept, record).map_err(Error::io("write", path))?;
         }
         kept.commit()?;

@@ -1,9 +1,10 @@
-//! The optimiser behind the gradients: clipping by the global norm, then [`AdamW`] in two groups of parameters.
+//! The optimiser behind the gradients: clipping by the global norm, then [`AdamW`] in two groups of parameters; or
+//! [`Muon`] for matrices between layers, and AdamW for the rest.
 //!
 //! Composed over [`Tensor`]: the compiler fuses a weight's whole update into one pass over it. Weights and moments are
 //! states, written in place by the step; what changes from step to step comes in as the input [`RATES`].
 
-use sparsam_ir::{AdamW, DType, Tensor, Trace};
+use sparsam_ir::{AdamW, DType, Muon, Tensor, Trace};
 
 /// The input that holds [`AdamW::rates`], F32 (3).
 pub const RATES: &str = "rates";
@@ -14,6 +15,8 @@ pub const RATES: &str = "rates";
 pub struct Optimiser {
     /// Betas, eps, and the decay of matrices.
     pub adamw: AdamW,
+    /// What matrices between layers are changed by instead.
+    pub muon: Option<Muon>,
     /// Gradients are scaled so that the norm of all of them together is at most this (Pascanu et al. 2013). `None`:
     /// not at all, and then no gradient has to wait for the others.
     pub clip: Option<f64>,
@@ -22,7 +25,8 @@ pub struct Optimiser {
 impl Default for Optimiser {
     /// Betas 0.9 and 0.95, decay 0.1, clipped at 1 (Brown et al. 2020, appendix B).
     fn default() -> Optimiser {
-        Optimiser { adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }, clip: Some(1.0) }
+        let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        Optimiser { adamw, muon: None, clip: Some(1.0) }
     }
 }
 
@@ -41,12 +45,33 @@ impl Optimiser {
         let still = AdamW { weight_decay: 0.0, ..self.adamw };
         for ((name, w), g) in parameters.iter().zip(grads) {
             let g = clipped.as_ref().map_or(g.clone(), |(_, scale)| g * &scale.broadcast_to(&g.shape()));
+            if let Some(muon) = self.muon_of(name, w.rank()) {
+                muon.update(name, w, &g, &rates);
+                continue;
+            }
             let group = if w.rank() > 1 { &self.adamw } else { &still };
             group.update(name, w, &g, &rates);
         }
         clipped.map(|(norm, _)| norm)
     }
+
+    /// What changes the parameter `name` with this many axes, if it is [`Muon`].
+    fn muon_of(&self, name: &str, rank: usize) -> Option<&Muon> {
+        let module = name.strip_suffix(".weight").unwrap_or(name).rsplit('.').next().unwrap_or_default();
+        self.muon.as_ref().filter(|_| rank == 2 && !TABLES.contains(&module))
+    }
+
+    /// The states that it keeps for the parameter `name` with this many axes, each of the parameter's shape.
+    pub fn moments(&self, name: &str, rank: usize) -> Vec<String> {
+        match self.muon_of(name, rank) {
+            Some(_) => vec![Muon::momentum(name)],
+            None => AdamW::moments(name).to_vec(),
+        }
+    }
 }
+
+/// Modules whose matrix is a table of tokens or positions, or the head: each of its rows is learnt by itself.
+const TABLES: [&str; 4] = ["embed_tokens", "lm_head", "wte", "wpe"];
 
 /// `sqrt(sum of the squares of all elements)`: (1).
 #[track_caller]

@@ -24,7 +24,8 @@ use sparsam_formats::{AtomicFile, Kind, Source};
 use sparsam_kernels::roof::{self, Arithmetic};
 use sparsam_kernels::{Context, Cpu};
 use sparsam_models::Model;
-use sparsam_runtime::{Device, Options, Precision};
+use sparsam_plan::units::show_bytes;
+use sparsam_runtime::{Device, Options, Precision, Recompute};
 use sparsam_tokenizer::{Specials, Tokenizer};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -95,18 +96,15 @@ impl Run {
             ));
         }
         let mut run = match config.finetune {
-            // What cannot be compiled leaves no folder behind.
             Some(_) => Run::plan(folder, config)?,
             None => {
                 let prepared = prepare::prepare(folder, &mut config)?;
-                write_file(&settings_file, config.to_toml().as_bytes())?;
                 Run::assemble(folder, config, prepared)?
             }
         };
-        if run.finetuned.is_some() {
-            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-            write_file(&settings_file, run.config.to_toml().as_bytes())?;
-        }
+        // Written last: what cannot be compiled is no run, and the same folder can be tried again.
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        write_file(&settings_file, run.config.to_toml().as_bytes())?;
         run.initialise()?;
         Ok(run)
     }
@@ -161,13 +159,19 @@ impl Run {
             ctx: settings.ctx,
             accumulate: settings.accumulate,
             optimiser: settings.optimiser,
-            options: if settings.eager { Options::eager() } else { Options::default() },
+            samples: settings.sample_every > 0,
+            options: Options {
+                eager: settings.eager,
+                memory: settings.memory,
+                precision: settings.compute.precision(),
+                ..Options::default()
+            },
         };
         let learner = Learner::over(&p.model, how, &device, p.base)?;
         // A token sees half of its row on average; the gradient takes twice what the loss takes.
         let method = p.finetuned.as_ref().map(|f| f.method);
         let flop_per_token = lora::passes(method) * p.model.flops_per_token(settings.ctx.div_ceil(2))?;
-        let peak = peak_flops(settings.threads, None)?;
+        let peak = peak_flops(settings.threads, settings.compute.precision())?;
         Ok(Run {
             folder: folder.to_path_buf(),
             config,
@@ -297,13 +301,13 @@ impl Run {
     /// checkpoint has the weights.
     fn export(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let dtype = self.settings.save_as.dtype();
-        let folder = self.folder.join("model");
+        let (folder, name) = (self.folder.join("model"), self.name());
         // From an earlier end of this run, when it had fewer steps.
         if folder.exists() {
             std::fs::remove_dir_all(&folder).map_err(Error::io("replace", &folder))?;
         }
         for (path, kind) in [(folder, Kind::Safetensors), (self.folder.join("model.gguf"), Kind::Gguf)] {
-            if let Err(e) = self.learner.export(&path, kind, dtype, self.tokenizer.as_ref()) {
+            if let Err(e) = self.learner.export(&path, kind, dtype, self.tokenizer.as_ref(), Some(&name)) {
                 let note = format!("the model is not saved as {}: {e}", path.display());
                 on(Event::Note(&note));
                 metrics.add(&Record::Note { step: self.progress.step, note })?;
@@ -322,6 +326,10 @@ impl Run {
         let due =
             |step: u64, every: u64, steps: u64| every > 0 && (step.is_multiple_of(every) || step == steps);
         if self.progress.step == 0 {
+            if let Some(note) = self.memory_note() {
+                on(Event::Note(&note));
+                metrics.add(&Record::Note { step: 0, note })?;
+            }
             self.evaluate(metrics, on)?;
         }
         while self.progress.step < self.settings.steps && !stop.load(Ordering::Relaxed) && !self.gives_up() {
@@ -392,13 +400,30 @@ impl Run {
         let graph = graphs.whole.as_ref().unwrap_or(&graphs.accumulate);
         let options = self.learner.how().options.clone();
         let folder = self.folder.join(format!("verify-{t}"));
-        let verdict = verify::second_opinion(graph, &frozen, &options, &folder)?;
+        let within = self.learner.within(graph)?;
+        let verdict = verify::second_opinion(graph, &frozen, &within, &folder)?;
         if !verdict.agrees() {
             self.learner.set_options(Options { off: verdict.off.clone(), ..options })?;
         }
         let note = format!("step {t}: {verdict}");
         on(Event::Note(&note));
         metrics.add(&Record::Note { step: t, note })
+    }
+
+    /// What the compiler did to keep to the budget of memory; `None` without one.
+    fn memory_note(&self) -> Option<String> {
+        let budget = self.settings.memory? as f64;
+        let mut note = format!(
+            "memory: {} planned of a budget of {}",
+            show_bytes(self.learner.bytes() as f64),
+            show_bytes(budget)
+        );
+        if let Some(r) = &self.learner.program().report().recompute {
+            let Recompute { segments, cheap, all, .. } = r;
+            note +=
+                &format!("; of {segments} segments {all} are computed again, {cheap} but for their products");
+        }
+        Some(note)
     }
 
     /// Ends the run where the loss is no number, or has risen too far above its lowest.
@@ -503,11 +528,16 @@ impl Run {
         Ok(())
     }
 
+    /// The folder's name.
+    fn name(&self) -> String {
+        self.folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
     fn write_report(&self) -> Result<(), Error> {
         let records = crate::metrics::read(&self.folder.join("metrics.jsonl"))?;
-        let name = self.folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let html =
-            report::report(&format!("Training: {name}"), &self.config, &self.receipt, &records).to_html();
+            report::report(&format!("Training: {}", self.name()), &self.config, &self.receipt, &records)
+                .to_html();
         write_file(&self.folder.join("report.html"), html.as_bytes())
     }
 }

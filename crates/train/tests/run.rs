@@ -97,9 +97,11 @@ fn a_run_learns_and_leaves_its_folder() {
 
 #[test]
 fn a_run_stopped_and_taken_up_again_is_the_run_that_was_not() {
-    let dir = tempfile::tempdir().unwrap();
-    for accumulate in [1, 2] {
-        let more = format!("{SHORT}accumulate = {accumulate}\n");
+    for (accumulate, more) in [(1, ""), (2, ""), (1, "dtype = \"bf16\"\n"), (2, "MUON")] {
+        let kind = if more == "MUON" { "kind = \"muon\"\n" } else { "" };
+        let short = SHORT.replacen("[run]", &format!("{kind}[run]"), 1);
+        let more = format!("{short}accumulate = {accumulate}\n{}", more.trim_start_matches("MUON"));
+        let dir = tempfile::tempdir().unwrap();
         let whole = dir.path().join(format!("whole{accumulate}"));
         let mut a = Run::start(&whole, config(dir.path(), &more)).unwrap();
         assert!(go(&mut a).complete);
@@ -119,9 +121,57 @@ fn a_run_stopped_and_taken_up_again_is_the_run_that_was_not() {
         let mut b = Run::resume(&parts).unwrap();
         assert_eq!(b.progress(), &stopped.progress);
         assert!(go(&mut b).complete);
-        assert!(weights(&mut a) == weights(&mut b), "accumulate {accumulate}: weights or moments differ");
+        assert!(weights(&mut a) == weights(&mut b), "{more}: weights or moments differ");
         assert_eq!(losses(&whole), losses(&parts));
     }
+}
+
+/// The loss falls under Muon, and its matrices have one moment.
+#[test]
+fn muon_learns() {
+    let dir = tempfile::tempdir().unwrap();
+    let adamw = SHORT.replacen("steps = 12", "steps = 40", 1);
+    let muon = adamw.replacen("[run]", "kind = \"muon\"\n[run]", 1);
+    let mut plain = Run::start(&dir.path().join("plain"), config(dir.path(), &adamw)).unwrap();
+    let mut run = Run::start(&dir.path().join("run"), config(dir.path(), &muon)).unwrap();
+    let kept = run.learner().kept();
+    let of = |part: &str| kept.iter().filter(|(name, _)| name.starts_with(part)).count();
+    // Seven matrices in each of two layers; the table and the norms keep both of AdamW's.
+    assert_eq!((of("muon.m."), of("adamw.m."), of("adamw.v.")), (14, 6, 6), "{kept:?}");
+    // From ln 257 = 5.55, about as fast as AdamW at the same rate.
+    let [plain, muon] = [&mut plain, &mut run].map(|run| go(run).progress.held_back.unwrap());
+    assert!(muon < 3.5 && muon < 1.05 * plain, "{muon}, AdamW {plain}");
+    let mut wrong = config(dir.path(), SHORT);
+    wrong.optimiser.momentum = Some(0.9);
+    let e = Run::start(&dir.path().join("wrong"), wrong).err().unwrap().to_string();
+    assert!(e.contains("belongs to kind"), "{e}");
+}
+
+/// What the interpreter and the kernels make of a step in bf16 under a budget of memory is what the run takes.
+#[test]
+fn a_second_opinion_knows_numbers_and_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let more = "[run]\nsteps = 2\nbatch = 8\nthreads = 1\nverify = 1\nsample_every = 0\nmemory = \"";
+    let least = {
+        let e =
+            Run::start(&dir.path().join("no"), config(dir.path(), &format!("{more}1kB\"\n"))).err().unwrap();
+        let said = e.to_string();
+        said.split("tokens take ").nth(1).unwrap().split(" MB").next().unwrap().to_string()
+    };
+    let toml = format!("{more}{least}MB\"\ndtype = \"bf16\"\n");
+    let mut run = Run::start(&dir.path().join("run"), config(dir.path(), &toml)).unwrap();
+    let budget = run.settings().memory.unwrap();
+    assert!(run.learner().bytes() <= budget, "{} of {budget}", run.learner().bytes());
+    let mut notes = Vec::new();
+    run.go(&AtomicBool::new(false), &mut |e| {
+        if let Event::Note(note) = e {
+            notes.push(note.to_string());
+        }
+    })
+    .unwrap();
+    assert!(run.learner().bytes() <= budget, "{} of {budget}", run.learner().bytes());
+    assert!(notes.iter().any(|n| n.contains("are computed again")), "{notes:?}");
+    assert!(notes.iter().any(|n| n.contains("compiled and plain agree")), "{notes:?}");
 }
 
 #[test]
