@@ -24,7 +24,7 @@ Shares: generation against memory bandwidth (every weight is read once a token),
 pub struct Args {
     #[command(subcommand)]
     what: Option<What>,
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     #[arg(required = true)]
     model: Option<String>,
     /// Tokens of the prompt (0: leave it out)

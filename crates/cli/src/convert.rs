@@ -26,7 +26,7 @@ Examples:
   sparsam convert model.gguf model-bf16.gguf --dtype BF16"
 )]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     #[arg(value_name = "IN")]
     input: String,
     /// The GGUF file or the new folder to write

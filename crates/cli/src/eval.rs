@@ -22,7 +22,7 @@ use std::time::Instant;
 
 Perplexities can be compared only if protocol, context and text are the same.")]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     model: String,
     /// A second model: compared with on the text; without a text, by what both files say of themselves
     #[arg(value_name = "OTHER", conflicts_with_all = ["against", "task"])]

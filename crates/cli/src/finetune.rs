@@ -30,7 +30,7 @@ A line of the data is an object with messages, prompt and completion, question a
 or text. The folder of a run holds adapter/ (PEFT's layout; the best on held-back examples), config.toml, metrics.jsonl,
 checkpoints/ and report.html. Ctrl-C stops at the next step with a checkpoint; --resume goes on bit for bit.")]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     #[arg(required_unless_present = "resume")]
     model: Option<String>,
     /// JSON lines to learn from

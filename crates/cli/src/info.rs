@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
   sparsam info ./SmolLM2-135M-Instruct --json
   sparsam info model.gguf --tensors")]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     model: String,
     /// List every tensor
     #[arg(long)]

@@ -6,6 +6,7 @@
 mod bench;
 mod bench_attention;
 mod bench_train;
+mod builtin;
 mod completions;
 mod convert;
 mod distill;

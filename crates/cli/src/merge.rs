@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 The result is measured before it is kept: how far its predictions are from those of model and adapter, beside how far
 the model alone is from them. If rounding undid half of what the adapter changes, or more than --limit, nothing is kept.")]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     model: String,
     /// A folder with an adapter in PEFT's layout; may be given more than once
     #[arg(long, value_name = "DIR", required = true)]

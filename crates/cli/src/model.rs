@@ -1,14 +1,18 @@
 //! What `MODEL` may be on the command line.
 
+use crate::builtin;
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 
-/// The file or folder that `name` means: a path, or the name of a repository on the Hugging Face hub that is already
-/// in the local cache (`org/name`, `org/name@revision`).
+/// The file or folder that `name` means: `builtin`, a path, or the name of a repository on the Hugging Face hub that is
+/// already in the local cache (`org/name`, `org/name@revision`).
 ///
 /// # Errors
 /// If there is nothing of that name; the message says where it was looked for.
 pub fn resolve(name: &str) -> anyhow::Result<PathBuf> {
+    if name == builtin::NAME {
+        return builtin::path();
+    }
     let path = Path::new(name);
     if path.exists() {
         return Ok(path.to_path_buf());
@@ -22,7 +26,7 @@ pub fn resolve(name: &str) -> anyhow::Result<PathBuf> {
         || name.ends_with(".safetensors")
     {
         bail!(
-            "{name}: no such file or folder; give a GGUF file, a safetensors file or folder, or ORG/NAME of the hub"
+            "{name}: no such file or folder; give builtin, a GGUF file, a safetensors file or folder, or ORG/NAME of the hub"
         );
     }
     let cache = hub_cache().context("HOME is not set, so there is no cache of models; give a file")?;

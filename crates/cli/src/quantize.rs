@@ -39,7 +39,7 @@ use std::time::Instant;
 Without --calibration the model writes its calibration text itself. A killed run goes on where it was when it is started
 again with the same settings.")]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     model: String,
     /// The GGUF file to write; for --type GPTQ4 and the like, the folder
     #[arg(short, long)]

@@ -24,7 +24,7 @@ use std::time::{Instant, SystemTime};
   sparsam run big.gguf 'Hello' --draft small.gguf          the same answer faster, if the small one guesses well
   sparsam run model.gguf --explain 'Hi' -n 1               what the compiler did")]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     model: String,
     /// What to ask; `-` or nothing reads standard input, nothing in a terminal starts a chat
     prompt: Option<String>,

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 Any OpenAI client works with base_url http://127.0.0.1:8080/v1. Ctrl-C finishes the answers that run, twice ends at once.")]
 pub struct Args {
-    /// A GGUF file, a safetensors file or folder, or ORG/NAME of the hub if it is in the cache
+    /// A GGUF file, a safetensors file or folder, builtin, or ORG/NAME of the hub if it is in the cache
     model: String,
     /// Address to listen on; other machines reach it only if this is not the loopback
     #[arg(long, default_value = "127.0.0.1")]
