@@ -1,6 +1,7 @@
 //! `sparsam convert`: a model in another format or another type.
 
-use crate::{model, text};
+use crate::ledger::Ledger;
+use crate::{expected, model, receipt, text};
 use anyhow::bail;
 use serde_json::json;
 use sparsam_dtype::{DType, codec};
@@ -90,6 +91,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     saver.finish()?;
     bar.finish_and_clear();
+    if receipt::is_recorded(&input)? {
+        let mut ledger = Ledger::new("convert", expected::machine(1, &args.output), start);
+        ledger.parent("base", &input);
+        ledger.finish(&args.output, None)?;
+    }
     report(&args, &opened, kind, &plan, &notes, start)
 }
 

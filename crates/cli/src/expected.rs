@@ -1,15 +1,20 @@
-//! What a training run will take, said after its first seconds: the probe is the run itself.
+//! What a command will take, said after its first seconds: the probe is the work itself.
+//!
+//! [`Expected`] watches the steps of a training run, [`Rate`] anything whose share done is known; both give a
+//! [`Forecast`] once. `--dry-run` does some seconds of the work where it is thrown away, and shows it ([`show`]).
 
 use crate::ledger::Ledger;
 use crate::plan::width;
 use crate::{probe, text};
-use sparsam_plan::forecast::{Forecast, Interval};
+use serde_json::json;
+use sparsam_plan::forecast::{Forecast, Interval, Machine};
 use sparsam_plan::memory::Memory;
 use sparsam_plan::report::Table;
 use sparsam_plan::units::{show_bytes, show_joules, show_seconds, show_usd};
 use sparsam_train::config::Config;
 use sparsam_train::metrics::StepRecord;
 use sparsam_train::{Event, Run};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -24,9 +29,13 @@ const CHECKPOINT_BYTES: f64 = 12.0;
 /// Of a forward pass alone, as a share of a step.
 const FORWARD: f64 = 1.0 / 3.0;
 
-/// A forecast in the making.
+/// A forecast of a training run in the making.
 pub struct Expected {
-    parameters: f64,
+    what: &'static str,
+    /// Weights that are trained.
+    trained: f64,
+    /// Weights that stay as they are.
+    frozen_bytes: f64,
     /// What the compiler planned: weights, moments, gradients, activations.
     planned_bytes: f64,
     steps: u64,
@@ -41,12 +50,17 @@ pub struct Expected {
 }
 
 impl Expected {
-    /// Of a run that has not begun.
-    pub fn new(run: &mut Run) -> Expected {
-        let planned_bytes = run.learner().bytes() as f64;
+    /// Of a run of the command `what` that has not begun.
+    pub fn new(what: &'static str, run: &mut Run) -> Expected {
+        let learner = run.learner();
+        let planned_bytes = learner.bytes() as f64;
+        let trained: usize = learner.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum();
+        let frozen_bytes = learner.session().weights().bytes() as f64;
         let (s, r) = (run.settings(), run.receipt());
         Expected {
-            parameters: r.parameters as f64,
+            what,
+            trained: trained as f64,
+            frozen_bytes,
             planned_bytes,
             steps: s.steps,
             tokens_per_step: s.tokens_per_step() as f64,
@@ -70,31 +84,24 @@ impl Expected {
             return None;
         }
         self.said = true;
-        let speed = done as f64 * self.tokens_per_step / seconds;
         let left = self.steps.saturating_sub(record.step);
         let evaluations = left.div_ceil(self.eval_every) as f64;
         let tokens = left as f64 * self.tokens_per_step + evaluations * self.eval_tokens * FORWARD;
-        let rest = Interval::around(tokens / speed, SPREAD);
-        let so_far = ledger.elapsed();
-        let seconds =
-            Interval { low: so_far + rest.low, value: so_far + rest.value, high: so_far + rest.high };
-        let machine = ledger.machine();
-        Some(Forecast {
-            what: "train".into(),
-            memory: self.memory(),
-            seconds,
-            // Token files of four bytes at most; the model, saved twice in f32 at most; metrics and report.
-            disk_bytes: (self.checkpoints * CHECKPOINT_BYTES + 8.0) * self.parameters
-                + 4.0 * self.text_tokens
-                + 4e6,
-            joules: seconds.times(machine.watts),
-            usd: seconds.times(machine.usd_per_hour / 3600.0),
-        })
+        let rest = tokens * seconds / (done as f64 * self.tokens_per_step);
+        Some(self.in_all(rest, ledger))
+    }
+
+    /// The forecast of a run that has `rest` seconds to go.
+    fn in_all(&self, rest: f64, ledger: &Ledger) -> Forecast {
+        let seconds = Interval::around(rest, SPREAD).after(ledger.elapsed());
+        // Token files of four bytes at most; the model, saved twice in f32 at most; metrics and report.
+        let disk = (self.checkpoints * CHECKPOINT_BYTES + 8.0) * self.trained + 4.0 * self.text_tokens + 4e6;
+        Forecast::timed(self.what, seconds, self.memory(), disk, ledger.machine())
     }
 
     /// As the compiler planned it; what the process has taken beside is there already, and counts as temporary.
     fn memory(&self) -> Memory {
-        let (weights, optimiser) = (4.0 * self.parameters, 8.0 * self.parameters);
+        let (weights, optimiser) = (self.frozen_bytes + 4.0 * self.trained, 8.0 * self.trained);
         let beside = probe::peak_memory().unwrap_or(0.0) - self.planned_bytes;
         Memory {
             weights,
@@ -105,6 +112,41 @@ impl Expected {
             ..Memory::default()
         }
     }
+}
+
+/// A forecast of work whose share done is known, from the rate at which it proceeds.
+pub struct Rate {
+    /// Share and time where counting began: what comes before (loading, compiling) tells nothing of the rest.
+    from: Option<(f64, Instant)>,
+    said: bool,
+}
+
+impl Rate {
+    /// Of work that has not begun.
+    pub fn new() -> Rate {
+        Rate { from: None, said: false }
+    }
+
+    /// Time in all, once the share that is done tells it: after [`SECONDS`] or a twentieth of the work.
+    pub fn after(&mut self, share: f64, ledger: &Ledger) -> Option<Interval> {
+        let Some((from, start)) = self.from else {
+            self.from = Some((share, Instant::now()));
+            return None;
+        };
+        let (done, seconds) = (share - from, start.elapsed().as_secs_f64());
+        if self.said || done <= 0.0 || (seconds < SECONDS && done < 1.0 / PART as f64) {
+            return None;
+        }
+        self.said = true;
+        let rest = seconds / done * (1.0 - share).max(0.0);
+        Some(Interval::around(rest, SPREAD).after(ledger.elapsed()))
+    }
+}
+
+/// What the process takes now at most, as memory of work whose weights are `weights` bytes; the rest is temporary.
+pub fn measured(weights: f64, optimiser: f64) -> Memory {
+    let all = probe::peak_memory().unwrap_or(0.0);
+    Memory { weights, optimiser, temporary: (all - weights - optimiser).max(0.0) + 20e6, ..Memory::default() }
 }
 
 /// A forecast in a line.
@@ -130,10 +172,18 @@ pub fn dry_run(mut config: Config, json: bool) -> anyhow::Result<()> {
     let start = Instant::now();
     config.run.sample_every = Some(0);
     let mut run = Run::start(&folder.path().join("run"), config)?;
-    let (steps, settings) = (run.settings().steps, run.settings().clone());
+    trial("train", &mut run, start, json)
+}
+
+/// Makes some steps of `run`, which began at `start` and is thrown away, and says what the whole would take.
+///
+/// # Errors
+/// Those of a run.
+pub fn trial(what: &'static str, run: &mut Run, start: Instant, json: bool) -> anyhow::Result<()> {
+    let settings = run.settings().clone();
     let here = std::env::current_dir()?;
-    let ledger = Ledger::new("train", probe::here(settings.threads, &here, settings.usd_per_hour), start);
-    let mut expected = Expected::new(&mut run);
+    let ledger = Ledger::new(what, probe::here(settings.threads, &here, settings.usd_per_hour), start);
+    let mut expected = Expected::new(what, run);
     let stop = AtomicBool::new(false);
     let mut forecast = None;
     run.go(&stop, &mut |event| {
@@ -144,14 +194,39 @@ pub fn dry_run(mut config: Config, json: bool) -> anyhow::Result<()> {
             stop.store(true, Ordering::Relaxed);
         }
     })?;
-    let Some(forecast) = forecast else {
-        anyhow::bail!("the run has {steps} steps, too few to tell anything; just start it")
-    };
+    // A run that ended within the trial has told all.
+    let forecast = forecast.unwrap_or_else(|| expected.in_all(0.0, &ledger));
+    let more = json!({
+        "parameters": run.receipt().parameters,
+        "steps": settings.steps,
+        "tokens_per_step": settings.tokens_per_step(),
+    });
+    show(&forecast, ledger.machine(), &format!("{} steps", settings.steps), more, json)
+}
+
+/// Prints a forecast of `work` as a table with what does not fit, or as JSON with `more`.
+///
+/// # Errors
+/// If stdout is closed.
+pub fn show(
+    forecast: &Forecast,
+    machine: &Machine,
+    work: &str,
+    more: serde_json::Value,
+    json: bool,
+) -> anyhow::Result<()> {
+    let fits = forecast.check(machine);
     if json {
-        return text::say_json(&serde_json::to_value(&forecast)?);
+        let mut value = serde_json::to_value(forecast)?;
+        value["memory_bytes"] = json!(forecast.memory.total());
+        value["fits"] = json!(fits.is_ok());
+        if let (Some(all), Some(more)) = (value.as_object_mut(), more.as_object()) {
+            all.extend(more.clone());
+        }
+        return text::say_json(&value);
     }
     let mut table = Table::new(
-        &format!("What {steps} steps would take on {}", ledger.machine().name),
+        &format!("What {work} would take on {}", machine.name),
         &["what", "expected", "from", "to"],
     );
     for (name, bytes) in forecast.memory.kinds().into_iter().filter(|(_, bytes)| *bytes > 0.0) {
@@ -167,8 +242,13 @@ pub fn dry_run(mut config: Config, json: bool) -> anyhow::Result<()> {
         table.push([name.to_string(), show(x.value), show(x.low), show(x.high)]);
     }
     text::say(table.to_text(width()).trim_end())?;
-    if let Err(e) = forecast.check(ledger.machine()) {
+    if let Err(e) = fits {
         text::say(format!("\nIt would not fit: {e}."))?;
     }
     Ok(())
+}
+
+/// The machine for a command whose files go beside `output`.
+pub fn machine(threads: usize, output: &Path) -> Machine {
+    probe::here(threads, output.parent().unwrap_or(Path::new(".")), None)
 }

@@ -1,10 +1,10 @@
 //! `sparsam finetune`: a model adapted to examples.
 
+use crate::expected::{self, Expected};
 use crate::ledger::Ledger;
 use crate::{model, probe, text, train};
 use anyhow::bail;
 use clap::ValueEnum;
-use serde_json::json;
 use sparsam_plan::units;
 use sparsam_train::Run;
 use sparsam_train::config::Config;
@@ -21,7 +21,7 @@ const XRAYED: usize = 8;
 #[command(after_help = "Examples:
   sparsam finetune model-Q4_K_M.gguf --data chats.jsonl -o runs/mine
   sparsam finetune model.gguf --data sums.jsonl --fields question,equation --rank 8 --epochs 3 -o runs/sums
-  sparsam finetune model.gguf --data chats.jsonl --dry-run          what it would do, and the memory it takes
+  sparsam finetune model.gguf --data chats.jsonl --dry-run          what it would do, and what that takes
   sparsam finetune model.gguf --data chats.jsonl --xray             which tokens are learnt, in colour
   sparsam finetune --resume runs/mine
   sparsam run model-Q4_K_M.gguf --adapter runs/mine/adapter
@@ -45,7 +45,7 @@ pub struct Args {
     /// Settings as TOML; flags override them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Say what would be done and how much memory it takes, and stop
+    /// Train for some seconds in a folder that is thrown away, and say what the whole run would take
     #[arg(long)]
     dry_run: bool,
     /// Show examples with what is learnt of them and what is cut, and stop
@@ -224,6 +224,8 @@ impl Flags {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let start = Instant::now();
     let steps = args.flags.steps;
+    // Where a dry run works; thrown away with it.
+    let trial = args.dry_run.then(tempfile::tempdir).transpose()?;
     let mut run = match &args.resume {
         Some(folder) => {
             let mut given = Config { finetune: Some(FinetuneConfig::default()), ..Config::default() };
@@ -251,20 +253,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 config.model.from = Some(model::resolve(name)?.display().to_string());
             }
             let out = args.out.unwrap_or_else(|| PathBuf::from("runs/finetune"));
-            if args.dry_run || args.xray { Run::plan(&out, config)? } else { Run::start(&out, config)? }
+            match &trial {
+                Some(folder) => Run::start(&folder.path().join("run"), config)?,
+                None if args.xray => Run::plan(&out, config)?,
+                None => Run::start(&out, config)?,
+            }
         }
     };
     announce(&mut run, args.xray)?;
-    if args.dry_run || args.xray {
-        if args.json {
-            let s = run.settings().clone();
-            return text::say_json(&json!({
-                "memory_bytes": run.learner().bytes(),
-                "parameters": run.receipt().parameters,
-                "steps": s.steps,
-                "tokens_per_step": s.tokens_per_step(),
-            }));
-        }
+    if args.dry_run {
+        return expected::trial("finetune", &mut run, start, args.json);
+    }
+    if args.xray {
         return Ok(());
     }
     let machine = probe::here(run.settings().threads, run.folder(), run.settings().usd_per_hour);
@@ -275,7 +275,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.resume.is_some() {
         ledger.resume();
     }
-    train::go(&mut run, ledger, None, args.json)?;
+    let expected = Expected::new("finetune", &mut run);
+    train::go(&mut run, ledger, expected, args.json)?;
     match run.result() {
         Some(result) if !args.json => text::say(format_args!("result: {}", result.display())),
         _ => Ok(()),

@@ -22,12 +22,14 @@ pub struct Ledger {
     start: Instant,
     parents: Vec<(&'static str, String)>,
     resumed: bool,
+    /// Dollars paid to others.
+    paid: f64,
 }
 
 impl Ledger {
     /// A run of `command` on `machine` that began at `start`.
     pub fn new(command: &'static str, machine: Machine, start: Instant) -> Ledger {
-        Ledger { command, machine, forecast: None, start, parents: Vec::new(), resumed: false }
+        Ledger { command, machine, forecast: None, start, parents: Vec::new(), resumed: false, paid: 0.0 }
     }
 
     /// The run goes on with one that has a record: [`Ledger::finish`] adds what that took.
@@ -48,6 +50,11 @@ impl Ledger {
     /// The run is expected to take this.
     pub fn expect(&mut self, forecast: Forecast) {
         self.forecast = Some(forecast);
+    }
+
+    /// The run has cost `usd` beside what the machine costs: a teacher's answers.
+    pub fn pay(&mut self, usd: f64) {
+        self.paid += usd;
     }
 
     /// The run was made from the model or run at `path`, its `role` (`base`, `teacher`).
@@ -72,6 +79,7 @@ impl Ledger {
             ..Fact::default()
         };
         let mut record = Record::new(self.command, &self.machine, self.forecast, fact);
+        record.fact.usd = record.fact.usd.map(|usd| usd + self.paid);
         for (role, path) in &self.parents {
             record = record.parent(role, path);
         }
@@ -131,10 +139,12 @@ mod tests {
         // Going on with it adds what it has taken.
         let mut ledger = Ledger::new("train", machine, Instant::now());
         ledger.resume();
+        ledger.pay(2.5);
         ledger.finish(folder.path(), Some(1e4)).unwrap();
         let again = std::fs::read_to_string(folder.path().join("receipt.json")).unwrap();
         let again = Record::from_json(&again, "r").unwrap();
         assert!(again.fact.seconds > record.fact.seconds);
+        assert!((2.5..2.6).contains(&again.fact.usd.unwrap()), "what was paid is in the sum");
         assert_eq!((again.fact.tokens, again.parents), (Some(1e4), record.parents));
         // A single file has it beside.
         let file = folder.path().join("m.gguf");

@@ -1,12 +1,14 @@
 //! `sparsam merge`: an adapter becomes part of the model.
 
-use crate::{model, text};
+use crate::ledger::Ledger;
+use crate::{expected, model, text};
 use anyhow::{Context, bail};
 use serde_json::json;
 use sparsam_dtype::DType;
 use sparsam_engine::{Divergence, Engine, Options, Plan, divergence, merge, open, storable};
 use sparsam_formats::Kind;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Merge adapters into a model: one file, as fast as the model alone
 #[derive(clap::Args)]
@@ -44,6 +46,7 @@ pub struct Args {
 const HARMLESS: f64 = 0.02;
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let start = Instant::now();
     let path = model::resolve(&args.model)?;
     let opened = open(&path)?;
     let is_gguf = args.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
@@ -82,6 +85,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     std::fs::rename(&draft, &args.out)
         .with_context(|| format!("cannot rename {} to {}", draft.display(), args.out.display()))?;
+    let mut ledger = Ledger::new("merge", expected::machine(args.threads, &args.out), start);
+    ledger.parent("base", &path);
+    args.adapter.iter().for_each(|adapter| ledger.parent("adapter", adapter));
+    ledger.finish(&args.out, None)?;
     if args.json {
         let of = |d: &Divergence| json!({"kl": d.kl, "agreement": d.agreement, "tokens": d.tokens});
         return text::say_json(&json!({

@@ -1,16 +1,18 @@
 //! `sparsam quantize`: a smaller model, and what it lost.
 
+mod blocks;
 mod calibration;
 mod goal;
 mod report;
 
 use crate::ledger::Ledger;
-use crate::{model, passport, probe, text};
+use crate::{expected, model, passport, probe, text};
 use anyhow::{Context, bail};
 use calibration::Calibration;
 use sparsam_dtype::codec;
 use sparsam_engine::Opened;
 use sparsam_formats::{gguf, imatrix};
+use sparsam_plan::forecast::Forecast;
 use sparsam_quantize::heal::Heal;
 use sparsam_quantize::passport::{KEY, Passport};
 use sparsam_quantize::recipe::{self, TensorPlan};
@@ -240,7 +242,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         adopt(&args, &job)?;
     }
     let bar = text::bar(1000, "rounding");
+    let mut blocks = blocks::Blocks::new(opened.model.facts().n_layers());
     let layers = job.run(&mut |share, name| {
+        if let Some(seconds) = blocks.after(name, &ledger) {
+            let (memory, disk) = (expected::measured(0.0, 0.0), blocks::disk(&opened.source, &plan));
+            let forecast = Forecast::timed("quantize", seconds, memory, disk, ledger.machine());
+            bar.suspend(|| eprintln!("{}", expected::line(&forecast)));
+            ledger.expect(forecast);
+        }
         bar.set_position((share * 1000.0) as u64);
         bar.set_message(name.to_string());
     })?;
@@ -248,6 +257,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut passport = first_passport(&args, &opened, calibration.as_ref())?;
     write(&args, &job, &opened, &passport)?;
     let seconds = start.elapsed().as_secs_f64();
+    // Scoring, below, is no part of what the file costs.
+    let comparison = ledger.finish(&args.output, tokens.map(|t| t.len() as f64))?;
     let mut runs = None;
     if let Some(text) = &args.eval {
         // The file is safe by now; it is written once more with what scoring finds.
@@ -270,9 +281,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     job.clean();
     report::write(&args, &plan, &report)?;
-    let table = ledger.finish(&args.output, tokens.map(|t| t.len() as f64))?;
-    debug_assert!(table.is_none(), "nothing was forecast");
-    Ok(())
+    match comparison {
+        Some(table) if !args.json => text::say(format_args!("\n{}", table.to_text(100).trim_end())),
+        _ => Ok(()),
+    }
 }
 
 /// The types that `--type` names; `None` if a goal is to be met.

@@ -68,6 +68,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     args.output.give(&answer)
 }
 
+/// Whether it is known what the model or run at `path` has cost.
+///
+/// # Errors
+/// A receipt that cannot be read.
+pub fn is_recorded(path: &Path) -> anyhow::Result<bool> {
+    Ok(load(None, &path.to_string_lossy())?.1.is_some())
+}
+
 /// The place of `path` as `child` names it, and its record.
 fn load(child: Option<&str>, path: &str) -> anyhow::Result<(String, Option<Record>)> {
     // Paths in a record are as seen from the folder that the record lies in.
@@ -77,13 +85,17 @@ fn load(child: Option<&str>, path: &str) -> anyhow::Result<(String, Option<Recor
         None => PathBuf::new(),
     };
     let Ok(place) = from.join(path).canonicalize() else { return Ok((path.to_string(), None)) };
-    let name = place.to_string_lossy().to_string();
-    let file = if place.is_dir() { place.join(receipt::FILE) } else { PathBuf::from(receipt::beside(&name)) };
-    if !file.is_file() {
-        return Ok((name, None));
+    // A model in a run's folder (`model.gguf`, `model/`, `adapter/`) came from that run.
+    for place in place.ancestors().take(3) {
+        let name = place.to_string_lossy().to_string();
+        let file =
+            if place.is_dir() { place.join(receipt::FILE) } else { PathBuf::from(receipt::beside(&name)) };
+        if file.is_file() {
+            let record = Record::from_json(&read(&file)?, &file.display().to_string())?;
+            return Ok((name, Some(record)));
+        }
     }
-    let record = Record::from_json(&read(&file)?, &file.display().to_string())?;
-    Ok((name, Some(record)))
+    Ok((place.to_string_lossy().to_string(), None))
 }
 
 /// Dollars and joules of one answer, and how they are known.

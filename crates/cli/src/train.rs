@@ -355,8 +355,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.resume.is_some() {
         ledger.resume();
     }
-    let expected = Expected::new(&mut run);
-    go(&mut run, ledger, Some(expected), args.json)
+    let expected = Expected::new("train", &mut run);
+    go(&mut run, ledger, expected, args.json)
 }
 
 /// Trains to the end or to Ctrl-C, with progress, and says how it ended; `expected` makes a forecast from the first
@@ -364,14 +364,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 pub(crate) fn go(
     run: &mut Run,
     mut ledger: Ledger,
-    mut expected: Option<Expected>,
+    mut expected: Expected,
     json: bool,
 ) -> anyhow::Result<()> {
     let stop = stop_flag()?;
     let mut progress = Progress::new(run);
     let finished = run.go(&stop, &mut |event| {
         if let Event::Step(record) = &event
-            && let Some(forecast) = expected.as_mut().and_then(|e| e.after(record, &ledger))
+            && let Some(forecast) = expected.after(record, &ledger)
         {
             progress.say(&expected::line(&forecast));
             ledger.expect(forecast);

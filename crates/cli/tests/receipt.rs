@@ -175,3 +175,105 @@ fn a_training_run_says_what_it_will_take_and_leaves_its_receipt() {
         .collect();
     assert_eq!(what, ["memory", "disk", "time", "energy", "money"]);
 }
+
+/// The output of a command that must succeed, in `folder`.
+#[track_caller]
+fn done(folder: &Path, line: &str) -> String {
+    let out = Command::new(env!("CARGO_BIN_EXE_sparsam"))
+        .args(line.split_whitespace())
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+/// A forecast as `--dry-run --json` prints it is one: memory by kind, disk, intervals around positive values.
+#[track_caller]
+fn is_forecast(shown: &str, what: &str) -> Value {
+    let got: Value = serde_json::from_str(shown).unwrap();
+    assert_eq!(got["what"], what);
+    let kinds: f64 = got["memory"].as_object().unwrap().values().map(|v| v.as_f64().unwrap()).sum();
+    assert!(kinds > 1e6 && (kinds / got["memory_bytes"].as_f64().unwrap() - 1.0).abs() < 1e-9, "{got}");
+    assert!(got["disk_bytes"].as_f64().unwrap() > 0.0 && got["fits"] == true, "{got}");
+    for of in ["seconds", "joules", "usd"] {
+        let [low, value, high] = ["low", "value", "high"].map(|k| got[of][k].as_f64().unwrap());
+        assert!(0.0 < low && low <= value && value <= high, "{of} {got}");
+    }
+    got
+}
+
+#[test]
+fn every_command_that_makes_a_model_says_what_it_takes_and_leaves_its_receipt() {
+    let root = tempfile::tempdir().unwrap();
+    let at = root.path();
+    // A teacher that has one answer.
+    std::fs::write(at.join("text.txt"), "Q: What is 1 and 1?\nA: So the answer is 4.\n\n".repeat(400))
+        .unwrap();
+    std::fs::write(at.join("plain.toml"), "task = \"arithmetic\"\ninstruction = \"\"\nexample = []\n")
+        .unwrap();
+    let lines = |n: usize, line: &dyn Fn(usize) -> Value| -> String {
+        (0..n).map(|i| line(i).to_string() + "\n").collect()
+    };
+    let sum = |i: usize| {
+        json!({"question": format!("What is {i} and 1?"), "answer": (i + 1).to_string(),
+        "teacher": format!("One more than {i} is {}. The answer is {}.", i + 1, i + 1)})
+    };
+    std::fs::write(at.join("sums.jsonl"), lines(24, &sum)).unwrap();
+    done(
+        at,
+        "train --data text.txt --layers 4 --hidden 32 --heads 2 --intermediate 64 --ctx 128 --batch 2 --steps 250 \
+         --lr 1e-2 --sample-every 0 --threads 1 --out base",
+    );
+    let count = || std::fs::read_dir(at).unwrap().count();
+    let before = count();
+
+    // Before: a dry run of each leaves nothing behind.
+    let finetune = "finetune base/model.gguf --data sums.jsonl --fields question,answer --rank 2 --ctx 64 \
+                    --batch 2 --steps 12 --threads 1 --out tuned";
+    let quantize = "quantize base/model.gguf -o small.gguf --type Q4_0 --calibration text.txt --samples 4 --ctx 64 \
+                    --threads 1";
+    let ask = "distill ask sums.jsonl --teacher base/model.gguf --template plain.toml --raw --max-tokens 30 --ctx 128 \
+               --threads 1 --out asked.jsonl";
+    let got = is_forecast(&done(at, &format!("{finetune} --dry-run --json")), "finetune");
+    assert!(got["steps"].as_u64().unwrap() > 0 && got["memory"]["weights"].as_f64().unwrap() > 0.0, "{got}");
+    let got = is_forecast(&done(at, &format!("{quantize} --dry-run --json")), "quantize");
+    assert!(got["types"]["Q4_0"]["tensors"].as_u64().unwrap() >= 28, "{got}");
+    let got = is_forecast(&done(at, &format!("{ask} --dry-run --json")), "distill ask");
+    assert_eq!(got["answers"], 24);
+    assert_eq!(count(), before, "a dry run leaves files");
+
+    // After: forecast and fact, and a receipt.
+    done(at, finetune);
+    let shown = done(at, quantize);
+    assert!(shown.contains("Forecast and fact") && shown.contains("memory"), "{shown}");
+    done(at, ask);
+    done(at, "distill import sums.jsonl --task arithmetic --out imported.jsonl");
+    let teach = "distill teach base/model.gguf --answers asked.jsonl --answers imported.jsonl --template plain.toml \
+                 --epochs 2 --step-tokens 512 --threads 1 --out student";
+    is_forecast(&done(at, &format!("{teach} --dry-run --json")), "distill teach");
+    done(at, teach);
+    done(at, "convert student student-f32.gguf");
+    done(at, "quantize student-f32.gguf -o student.gguf --type Q8_0 --method nearest --threads 1");
+
+    // The family: the student's file, the student, what it was asked of, and the base of it all, once.
+    let file = at.join("student.gguf");
+    let got = answer(&["receipt", file.to_str().unwrap(), "--answers", "1000"]);
+    let commands: Vec<&str> =
+        got["lines"].as_array().unwrap().iter().map(|l| l["command"].as_str().unwrap()).collect();
+    assert_eq!(commands, ["train", "distill ask", "distill teach", "convert", "quantize"], "{got}");
+    let sum: f64 =
+        got["lines"].as_array().unwrap().iter().map(|l| l["fact"]["joules"].as_f64().unwrap()).sum();
+    assert!((got["total"]["joules"].as_f64().unwrap() / sum - 1.0).abs() < 1e-9 && sum > 0.0);
+    assert!(got["cents_per_thousand_answers"].as_f64().unwrap() > 0.0);
+    // Imported answers cost nobody anything here: they are named, not counted.
+    assert_eq!(got["unrecorded"].as_array().unwrap().len(), 1, "{got}");
+    let got = answer(&["receipt", at.join("tuned").to_str().unwrap()]);
+    let kinds: Vec<&str> = got["forecast_against_fact"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| r["what"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["memory", "disk", "time", "energy", "money"], "{got}");
+}

@@ -99,6 +99,11 @@ impl Interval {
         Interval { low: self.low * factor, value: self.value * factor, high: self.high * factor }
     }
 
+    /// Every end later by `x`.
+    pub fn after(self, x: f64) -> Interval {
+        Interval { low: x + self.low, value: x + self.value, high: x + self.high }
+    }
+
     /// Whether `x` lies in it.
     pub fn contains(&self, x: f64) -> bool {
         (self.low..=self.high).contains(&x)
@@ -169,7 +174,17 @@ impl Forecast {
     /// A forecast from its arithmetic and the bytes that must be read: the time is the sum of both on the machine.
     pub fn new(what: &str, work: &Work, memory: Memory, disk_bytes: f64, machine: &Machine) -> Forecast {
         let seconds = work.flop / machine.flops + work.read_bytes / machine.bandwidth;
-        let seconds = Interval::around(seconds, machine.spread);
+        Forecast::timed(what, Interval::around(seconds, machine.spread), memory, disk_bytes, machine)
+    }
+
+    /// A forecast whose time is known, from a trial of the work itself.
+    pub fn timed(
+        what: &str,
+        seconds: Interval,
+        memory: Memory,
+        disk_bytes: f64,
+        machine: &Machine,
+    ) -> Forecast {
         Forecast {
             what: what.to_string(),
             memory,
@@ -177,6 +192,24 @@ impl Forecast {
             disk_bytes,
             joules: seconds.times(machine.watts),
             usd: seconds.times(machine.usd_per_hour / 3600.0),
+        }
+    }
+
+    /// This and `next` behind it, as one: times, disk, energy and money add up; memory is that of the hungrier one.
+    pub fn then(self, what: &str, next: Forecast) -> Forecast {
+        let sum = |x: Interval, y: Interval| Interval {
+            low: x.low + y.low,
+            value: x.value + y.value,
+            high: x.high + y.high,
+        };
+        let larger = if self.memory.total() >= next.memory.total() { self.memory } else { next.memory };
+        Forecast {
+            what: what.to_string(),
+            memory: larger,
+            seconds: sum(self.seconds, next.seconds),
+            disk_bytes: self.disk_bytes + next.disk_bytes,
+            joules: sum(self.joules, next.joules),
+            usd: sum(self.usd, next.usd),
         }
     }
 
@@ -316,6 +349,18 @@ mod tests {
         };
         assert!(f(9e9, 0.0).contains("needs 9 GB of memory, desk has 8 GB; most of it is weights (9 GB)"));
         assert!(f(1e9, 2e9).contains("writes 2 GB to a disk with 1 GB free"));
+    }
+
+    #[test]
+    fn one_after_the_other() {
+        let f = |seconds, weights| {
+            let memory = Memory { weights, ..Memory::default() };
+            Forecast::timed("x", Interval::around(seconds, 0.5), memory, 10.0, &machine())
+        };
+        let both = f(10.0, 1.0).then("both", f(20.0, 2.0)).then("all", f(30.0, 1.0));
+        assert_eq!((both.what.as_str(), both.seconds.value, both.seconds.high), ("all", 60.0, 90.0));
+        assert_eq!((both.memory.weights, both.disk_bytes, both.joules.value), (2.0, 30.0, 3000.0));
+        assert!((both.usd.value - 0.006).abs() < 1e-12);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! `sparsam distill MODEL`: ask, teach and eval in order, with the control, from flags and one TOML file.
 
 use super::{STOPPED, ask, eval, teach};
+use crate::expected;
 use anyhow::{Context, bail};
 use clap::Parser;
+use serde_json::json;
+use sparsam_distill::record;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use toml::{Table, Value};
@@ -29,6 +32,12 @@ pub struct Args {
     /// Folder for answers, students and report; where it exists, what is missing is done
     #[arg(long, value_name = "FOLDER", required = true)]
     out: Option<PathBuf>,
+    /// Ask and teach for some seconds each, throw that away, and say what all would take
+    #[arg(long)]
+    dry_run: bool,
+    /// With --dry-run: print one JSON object
+    #[arg(long, requires = "dry_run")]
+    json: bool,
 }
 
 /// A command's arguments on their own, so that a table of settings is read as strictly as a command line.
@@ -132,6 +141,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .into_iter()
         .filter_map(|k| settings.get(k).map(|v| format!("--{k}={v}")))
         .collect::<Vec<_>>();
+    // Where a dry run works; thrown away with it.
+    let trial = args.dry_run.then(tempfile::tempdir).transpose()?;
+    let out = trial.as_ref().map_or(out.as_path(), |folder| folder.path());
     std::fs::create_dir_all(out).with_context(|| format!("{}: cannot be created", out.display()))?;
     let at = |name: &str| out.join(name).display().to_string();
     let words = |list: &[&str]| list.iter().map(|w| w.to_string()).collect::<Vec<_>>();
@@ -161,6 +173,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     eval_words.extend(split.clone());
     let eval_args: eval::Args = step("eval", &settings, eval_words)?;
 
+    if args.dry_run {
+        return dry_run(&ask_args, &students, Path::new(&answers), args);
+    }
     let receipt = out.join("config.toml");
     std::fs::write(&receipt, format!("# sparsam distill {model}\n{settings}"))
         .with_context(|| format!("{}: cannot be written", receipt.display()))?;
@@ -176,6 +191,24 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         teach::run(args)?;
     }
     eval::run(eval_args)
+}
+
+/// What asking and teaching would take: some seconds of each, where it is thrown away.
+fn dry_run(
+    ask_args: &ask::Args,
+    students: &[(&str, teach::Args)],
+    answers: &Path,
+    args: &Args,
+) -> anyhow::Result<()> {
+    let (mut forecast, total) = ask::trial(ask_args, answers)?;
+    let asked = record::read(answers)?.len().max(1);
+    for (_, student) in students {
+        let teaching = teach::trial(student, total as f64 / asked as f64)?;
+        forecast = forecast.then("distill", teaching);
+    }
+    let machine = expected::machine(0, args.out.as_deref().unwrap_or(Path::new(".")));
+    let work = format!("{total} answers and {} students (without their evaluation)", students.len());
+    expected::show(&forecast, &machine, &work, json!({"answers": total}), args.json)
 }
 
 #[cfg(test)]

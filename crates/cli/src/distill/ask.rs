@@ -1,7 +1,9 @@
 //! `sparsam distill ask` and `import`: a teacher's answers, from the teacher itself or from a file.
 
+use crate::expected::{self, Rate};
+use crate::ledger::Ledger;
 use crate::load::{Load, positive};
-use crate::text;
+use crate::{model, text};
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use sparsam_distill::ask::{self, Plan, Summary};
@@ -12,6 +14,7 @@ use sparsam_distill::teacher::http::{Options, Server};
 use sparsam_distill::teacher::local::Local;
 use sparsam_distill::teacher::{Manner, Teacher};
 use sparsam_distill::template::Template;
+use sparsam_plan::forecast::{Forecast, Interval};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -72,6 +75,9 @@ pub struct Args {
     server: ServerArgs,
     #[command(flatten)]
     load: Load,
+    /// Ask for some seconds, throw the answers away, and say what all would take (a teacher on this machine alone)
+    #[arg(long, conflicts_with = "teacher_url")]
+    dry_run: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -153,18 +159,44 @@ struct ServerArgs {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    if !args.dry_run {
+        return ask(&args, None).map(|_| ());
+    }
+    let folder = tempfile::tempdir()?;
+    let (forecast, total) = trial(&args, &folder.path().join("answers.jsonl"))?;
+    let machine = expected::machine(args.load.threads, &args.out);
+    expected::show(&forecast, &machine, &format!("{total} answers"), json!({"answers": total}), args.json)
+}
+
+/// Asks for some seconds and keeps the answers in `answers`; what all would take, and how many answers that are.
+///
+/// # Errors
+/// Those of asking.
+pub fn trial(args: &Args, answers: &Path) -> anyhow::Result<(Forecast, usize)> {
+    if args.server.teacher_url.is_some() {
+        bail!("a dry run asks a teacher on this machine alone; what a server costs is bounded by --budget");
+    }
+    ask(args, Some(answers))?.context("a trial ends with a forecast")
+}
+
+/// Asks what is not there yet; with `trial`, for some seconds, into that file, and gives the forecast.
+fn ask(args: &Args, trial: Option<&Path>) -> anyhow::Result<Option<(Forecast, usize)>> {
+    let start = Instant::now();
     let template = args.task.template()?;
     let mut questions = args.task.questions(&args.questions, &template)?;
     questions.truncate(args.limit.unwrap_or(usize::MAX));
     let temperature = args.temperature.unwrap_or(if args.samples > 1 { 0.7 } else { 0.0 });
     let manner = Manner { max_tokens: args.max_tokens, temperature, parallel: args.parallel };
     let plan = Plan { template, samples: args.samples, seed: args.seed, raw: args.raw, manner };
+    let mut ledger = Ledger::new("distill ask", expected::machine(args.load.threads, &args.out), start);
     match (&args.teacher, &args.server.teacher_url) {
-        (Some(model), _) => {
-            let engine = args.load.engine(model, Some(args.ctx))?;
+        (Some(name), _) => {
+            ledger.parent("teacher", &model::resolve(name)?);
+            let engine = args.load.engine(name, Some(args.ctx))?;
             eprintln!("{}", engine.describe());
             let raw = args.raw || engine.tokenizer()?.chat_template().is_none();
-            with_teacher(&mut Local::new(&engine, model), &args, &questions, &Plan { raw, ..plan })
+            let asking = Asking { args, trial, ledger, weights: engine.weights().bytes() as f64 };
+            asking.with(&mut Local::new(&engine, name), &questions, &Plan { raw, ..plan })
         }
         (None, Some(url)) => {
             let s = &args.server;
@@ -177,66 +209,114 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 per_minute: s.per_minute,
                 timeout: Duration::from_secs(s.timeout),
             })?;
-            with_teacher(&mut server, &args, &questions, &plan)
+            ledger.parent("teacher", server.name().as_ref());
+            let asking = Asking { args, trial, ledger, weights: 0.0 };
+            asking.with(&mut server, &questions, &plan)
         }
         (None, None) => bail!("no teacher is given; name one with --teacher or --teacher-url"),
     }
 }
 
-fn with_teacher(
-    teacher: &mut dyn Teacher,
-    args: &Args,
-    questions: &[Question],
-    plan: &Plan,
-) -> anyhow::Result<()> {
-    // What changes answers. The number of questions is left out: more may be asked later.
-    let settings = json!({
-        "teacher": teacher.name(),
-        "task": plan.template.task,
-        "template": format!("{:016x}", hash(&format!("{:?}", plan.template))),
-        "raw": plan.raw,
-        "temperature": plan.manner.temperature,
-        "max_tokens": plan.manner.max_tokens,
-        "seed": plan.seed,
-    });
-    let prices = Prices { prompt: args.server.usd_in, completion: args.server.usd_out };
-    let mut store = Store::open(&args.out, &settings)?;
-    let before = ask::summarise(plan.template.task, store.records());
-    let spent = Tokens { prompt: before.prompt_tokens, completion: before.completion_tokens };
-    let mut purse = Purse::new(args.budget, prices, spent, before.usd)?;
-    if before.answers > 0 {
-        eprintln!("{}: {} answers are there already", args.out.display(), before.answers);
+/// A teacher about to be asked.
+struct Asking<'a> {
+    args: &'a Args,
+    trial: Option<&'a Path>,
+    ledger: Ledger,
+    /// Bytes of the teacher's weights, if it runs here.
+    weights: f64,
+}
+
+impl Asking<'_> {
+    fn with(
+        mut self,
+        teacher: &mut dyn Teacher,
+        questions: &[Question],
+        plan: &Plan,
+    ) -> anyhow::Result<Option<(Forecast, usize)>> {
+        let args = self.args;
+        // What changes answers. The number of questions is left out: more may be asked later.
+        let settings = json!({
+            "teacher": teacher.name(),
+            "task": plan.template.task,
+            "template": format!("{:016x}", hash(&format!("{:?}", plan.template))),
+            "raw": plan.raw,
+            "temperature": plan.manner.temperature,
+            "max_tokens": plan.manner.max_tokens,
+            "seed": plan.seed,
+        });
+        let prices = Prices { prompt: args.server.usd_in, completion: args.server.usd_out };
+        let out = self.trial.unwrap_or(&args.out);
+        let mut store = Store::open(out, &settings)?;
+        let before = ask::summarise(plan.template.task, store.records());
+        let spent = Tokens { prompt: before.prompt_tokens, completion: before.completion_tokens };
+        let mut purse = Purse::new(args.budget, prices, spent, before.usd)?;
+        if before.answers > 0 {
+            eprintln!("{}: {} answers are there already", out.display(), before.answers);
+            self.ledger.resume();
+        }
+        let total = (questions.len() * plan.samples as usize).saturating_sub(before.answers);
+        let bar = text::bar(total as u64, "asking");
+        let stopped = super::catch_interrupt()?;
+        let start = Instant::now();
+        let (mut rate, mut forecast) = (Rate::new(), None);
+        let mut progress = |n: usize| {
+            bar.set_position(n as u64);
+            if let Some(seconds) = rate.after(n as f64 / total.max(1) as f64, &self.ledger) {
+                forecast = Some(self.forecast(seconds, total, n, out));
+            }
+            !stopped.load(Ordering::Relaxed) && !(self.trial.is_some() && forecast.is_some())
+        };
+        let summary = ask::ask(teacher, questions, plan, &mut store, &mut purse, &mut progress)?;
+        bar.finish_and_clear();
+        if self.trial.is_some() {
+            // All were asked within the trial: that is what it takes.
+            let seconds = Interval::around(self.ledger.elapsed(), 0.0);
+            let forecast = forecast.unwrap_or_else(|| self.forecast(seconds, total, summary.new, out));
+            return Ok(Some((forecast, total)));
+        }
+        let wall = start.elapsed();
+        if let (Some(budget), true) = (args.budget, summary.unasked > 0) {
+            eprintln!(
+                "{} answers were not asked for: the budget of {budget} leaves no room",
+                summary.unasked
+            );
+        }
+        if let Some(forecast) = forecast {
+            self.ledger.expect(forecast);
+        }
+        self.ledger.pay(summary.usd - before.usd);
+        let tokens = (summary.prompt_tokens + summary.completion_tokens) as f64;
+        // What is there already was paid for by an earlier run, or by nobody.
+        let comparison = if summary.new > 0 { self.ledger.finish(out, Some(tokens))? } else { None };
+        if args.json {
+            let mut value = serde_json::to_value(&summary)?;
+            value["seconds"] = json!(wall.as_secs_f64());
+            value["answers_per_second"] = json!(summary.new as f64 / wall.as_secs_f64());
+            text::say_json(&value)?;
+            return Ok(None);
+        }
+        text::say(describe(&summary))?;
+        if summary.new > 0 {
+            text::say(format!(
+                "{} in {}: {:.2} answers a second",
+                summary.new,
+                text::duration(wall),
+                summary.new as f64 / wall.as_secs_f64()
+            ))?;
+        }
+        if let Some(table) = comparison {
+            text::say(format_args!("\n{}", table.to_text(100).trim_end()))?;
+        }
+        Ok(None)
     }
-    let total = (questions.len() * plan.samples as usize).saturating_sub(before.answers);
-    let bar = text::bar(total as u64, "asking");
-    let stopped = super::catch_interrupt()?;
-    let start = Instant::now();
-    let mut progress = |n: usize| {
-        bar.set_position(n as u64);
-        !stopped.load(Ordering::Relaxed)
-    };
-    let summary = ask::ask(teacher, questions, plan, &mut store, &mut purse, &mut progress)?;
-    bar.finish_and_clear();
-    let wall = start.elapsed();
-    if let (Some(budget), true) = (args.budget, summary.unasked > 0) {
-        eprintln!("{} answers were not asked for: the budget of {budget} leaves no room", summary.unasked);
+
+    /// What `total` answers take, `n` of which are in `out`.
+    fn forecast(&self, seconds: Interval, total: usize, n: usize, out: &Path) -> Forecast {
+        let written = std::fs::metadata(out).map_or(0.0, |m| m.len() as f64);
+        let disk = written * (total as f64 / n.max(1) as f64).max(1.0) * 1.5 + 1e5;
+        let memory = expected::measured(self.weights, 0.0);
+        Forecast::timed("distill ask", seconds, memory, disk, self.ledger.machine())
     }
-    if args.json {
-        let mut value = serde_json::to_value(&summary)?;
-        value["seconds"] = json!(wall.as_secs_f64());
-        value["answers_per_second"] = json!(summary.new as f64 / wall.as_secs_f64());
-        return text::say_json(&value);
-    }
-    text::say(describe(&summary))?;
-    if summary.new > 0 {
-        text::say(format!(
-            "{} in {}: {:.2} answers a second",
-            summary.new,
-            text::duration(wall),
-            summary.new as f64 / wall.as_secs_f64()
-        ))?;
-    }
-    Ok(())
 }
 
 /// FNV-1a.

@@ -1,6 +1,8 @@
 //! `sparsam distill teach`: a student learns from a teacher's answers.
 
 use super::ask::TaskArgs;
+use crate::expected::{self, Rate};
+use crate::ledger::Ledger;
 use crate::load::positive;
 use crate::{model, text};
 use anyhow::{Context, bail};
@@ -11,6 +13,8 @@ use sparsam_distill::stats;
 use sparsam_distill::student::{Student, Variant};
 use sparsam_distill::teach::{self, Config, Progress};
 use sparsam_dtype::DType;
+use sparsam_engine::Opened;
+use sparsam_plan::forecast::{Forecast, Interval};
 use std::collections::HashSet;
 use std::io::Write;
 use std::path::PathBuf;
@@ -71,6 +75,9 @@ pub struct Args {
     /// Type of the student's weights: F32, F16 or BF16
     #[arg(long = "type", default_value = "F32", value_name = "TYPE", value_parser = weight_type)]
     dtype: DType,
+    /// Teach for some seconds, throw the student away, and say what all would take
+    #[arg(long)]
+    dry_run: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -148,6 +155,33 @@ fn chosen(args: &Args, kind: sparsam_distill::question::Kind) -> anyhow::Result<
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    if args.dry_run {
+        let forecast = trial(&args, 1.0)?;
+        let machine = expected::machine(args.threads, &args.out);
+        return expected::show(&forecast, &machine, "teaching", json!({}), args.json);
+    }
+    teach(&args, None).map(|_| ())
+}
+
+/// Teaches for some seconds and throws the student away; what it takes to teach `times` as many answers.
+///
+/// # Errors
+/// Those of teaching.
+pub fn trial(args: &Args, times: f64) -> anyhow::Result<Forecast> {
+    teach(args, Some(times))?.context("a trial ends with a forecast")
+}
+
+/// What teaching takes, weights and moments in f32 and the saved student, when `seconds` are known.
+fn forecast(args: &Args, opened: &Opened, seconds: Interval, ledger: &Ledger) -> anyhow::Result<Forecast> {
+    let parameters = opened.model.n_parameters()? as f64;
+    let memory = expected::measured(4.0 * parameters, 8.0 * parameters);
+    let disk = parameters * args.dtype.bits() / 8.0 + 2e7;
+    Ok(Forecast::timed("distill teach", seconds, memory, disk, ledger.machine()))
+}
+
+/// Teaches a student; with `trial`, for some seconds, and gives the forecast for that many times the answers.
+fn teach(args: &Args, trial: Option<f64>) -> anyhow::Result<Option<Forecast>> {
+    let began = Instant::now();
     args.split.check()?;
     if !(args.share > 0.0 && args.share <= 1.0) {
         bail!("--share is {}: above 0 and up to 1 is possible", args.share);
@@ -156,9 +190,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         bail!("{}: is there already; choose another --out", args.out.display());
     }
     let template = args.task.template()?;
-    let records = chosen(&args, template.task)?;
+    let records = chosen(args, template.task)?;
     let lessons = teach::lessons(&records, args.true_labels)?;
-    let opened = sparsam_engine::open(&model::resolve(&args.model)?)?;
+    let base = model::resolve(&args.model)?;
+    let opened = sparsam_engine::open(&base)?;
+    let mut ledger = Ledger::new("distill teach", expected::machine(args.threads, &args.out), began);
+    ledger.parent("base", &base);
+    for file in &args.answers {
+        ledger.parent("answers", file);
+    }
     let config = Config {
         variant: args.variant,
         epochs: args.epochs,
@@ -181,6 +221,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut metrics: Vec<u8> = Vec::new();
     let mut last = None;
     let mut start = Instant::now();
+    let (mut rate, mut time) = (Rate::new(), None);
     let taught = teach::teach(&opened, &template, &lessons, &config, &mut |p: Progress| {
         let bar = bar.get_or_insert_with(|| text::bar(p.steps, "teaching"));
         bar.set_position(p.step);
@@ -191,10 +232,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             start = Instant::now();
         }
         last = Some((p, start.elapsed()));
-        !stopped.load(Ordering::Relaxed)
+        let steps = p.steps as f64 * trial.unwrap_or(1.0);
+        time = time.or_else(|| rate.after(p.step as f64 / steps, &ledger));
+        !stopped.load(Ordering::Relaxed) && !(trial.is_some() && time.is_some())
     })?;
     if let Some(bar) = bar {
         bar.finish_and_clear();
+    }
+    if let Some(times) = trial {
+        // All was taught within the trial: that is what it takes, as often as is asked for.
+        let whole = || Interval::around(ledger.elapsed(), 0.0).times(times);
+        return forecast(args, &opened, time.unwrap_or_else(whole), &ledger).map(Some);
+    }
+    if let Some(seconds) = time {
+        ledger.expect(forecast(args, &opened, seconds, &ledger)?);
     }
     taught.save(&opened, &args.out, args.dtype)?;
     let student = Student {
@@ -206,17 +257,19 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     student.save(&args.out)?;
     let file = args.out.join("metrics.jsonl");
     std::fs::write(&file, metrics).with_context(|| format!("{}: cannot be written", file.display()))?;
-    let Some((p, time)) = last else { return Ok(()) };
+    let Some((p, time)) = last else { return Ok(None) };
+    let comparison = ledger.finish(&args.out, Some(p.tokens as f64))?;
     let rate = p.tokens as f64 * (p.step - 1) as f64 / p.step as f64 / time.as_secs_f64();
     if args.json {
-        return text::say_json(&json!({
+        text::say_json(&json!({
             "questions": lessons.len(),
             "steps": p.step,
             "loss": p.loss,
             "tokens": p.tokens,
             "tokens_per_second": rate,
             "folder": args.out.display().to_string(),
-        }));
+        }))?;
+        return Ok(None);
     }
     if p.step < p.steps {
         text::say(format!("stopped behind step {} of {}", p.step, p.steps))?;
@@ -227,5 +280,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         p.step,
         p.tokens,
         p.loss
-    ))
+    ))?;
+    if let Some(table) = comparison {
+        text::say(format_args!("\n{}", table.to_text(100).trim_end()))?;
+    }
+    Ok(None)
 }

@@ -1,10 +1,12 @@
 //! What a run would take, and what it has done.
 
-use super::{Args, MethodName};
-use crate::{passport, probe, text};
+use super::{Args, MethodName, blocks};
+use crate::{expected, passport, probe, text};
 use anyhow::Context;
 use serde_json::json;
 use sparsam_engine::{Engine, Opened, Options, Protocol, Windows, Work, bench, compare};
+use sparsam_plan::forecast::{Forecast, Interval};
+use sparsam_plan::memory::Memory;
 use sparsam_quantize::passport::Score;
 use sparsam_quantize::recipe::TensorPlan;
 use sparsam_quantize::report::{Report, Runs};
@@ -79,30 +81,37 @@ pub fn dry_run(args: &Args, opened: &Opened, plan: &[TensorPlan]) -> anyhow::Res
     let block = plan.iter().map(TensorPlan::numel).sum::<usize>() / facts.n_layers().max(1);
     let streams = 2 * 2 * 4 * tokens * facts.hidden_size;
     let memory = if tokens == 0 {
-        12 * plan.iter().map(TensorPlan::numel).max().unwrap_or(0)
+        let largest = plan.iter().map(TensorPlan::numel).max().unwrap_or(0);
+        Memory { weights: 12.0 * largest as f64, ..Memory::default() }
     } else {
-        args.memory.map_or(streams, |m| m.min(streams)) + 4 * 3 * block + 6 * 4 * widest * widest
+        Memory {
+            weights: (4 * 3 * block) as f64,
+            activations: args.memory.map_or(streams, |m| m.min(streams)) as f64,
+            temporary: (6 * 4 * widest * widest) as f64,
+            ..Memory::default()
+        }
     };
-    let seconds = seconds(args, opened, plan)?;
-    if args.json {
-        return text::say_json(&json!({
-            "tensor_bytes": bytes,
-            "bits_per_weight": 8.0 * bytes as f64 / weights as f64,
-            "calibration_tokens": tokens,
-            "memory_bytes": memory,
-            "seconds": seconds,
-            "types": by_type(plan).iter().map(|(t, g)| (t.clone(), json!({"tensors": g.0, "weights": g.1, "bytes": g.2}))).collect::<serde_json::Map<_, _>>(),
-        }));
+    let machine = expected::machine(args.threads, &args.output);
+    let seconds = Interval::around(seconds(args, opened, plan)?, machine.spread);
+    let disk = blocks::disk(&opened.source, plan);
+    let forecast = Forecast::timed("quantize", seconds, memory, disk, &machine);
+    let bits = 8.0 * bytes as f64 / weights as f64;
+    if !args.json {
+        text::say(types_table(plan))?;
+        text::say(format!(
+            "{} in tensors, {bits:.2} bits a weight; {tokens} calibration tokens\n",
+            text::bytes(bytes)
+        ))?;
     }
-    text::say(types_table(plan))?;
-    text::say(format!(
-        "{} in tensors, {:.2} bits a weight; about {} and {} of memory; {} calibration tokens",
-        text::bytes(bytes),
-        8.0 * bytes as f64 / weights as f64,
-        text::duration(std::time::Duration::from_secs_f64(seconds)),
-        text::bytes(memory),
-        tokens
-    ))
+    let types = by_type(plan);
+    let types = types.iter().map(|(t, g)| (t, json!({"tensors": g.0, "weights": g.1, "bytes": g.2})));
+    let more = json!({
+        "tensor_bytes": bytes,
+        "bits_per_weight": bits,
+        "calibration_tokens": tokens,
+        "types": types.collect::<BTreeMap<_, _>>(),
+    });
+    expected::show(&forecast, &machine, "rounding", more, args.json)
 }
 
 fn types_table(plan: &[TensorPlan]) -> String {
