@@ -9,6 +9,7 @@ mod bench_train;
 mod builtin;
 mod completions;
 mod convert;
+mod dashboard;
 mod distill;
 mod doctor;
 mod eval;
@@ -23,6 +24,7 @@ mod model;
 mod passport;
 mod plan;
 mod probe;
+mod pull;
 mod quantize;
 mod receipt;
 mod run;
@@ -46,6 +48,7 @@ struct Cli {
 enum Command {
     Run(run::Args),
     Info(info::Args),
+    Pull(pull::Args),
     Distill(distill::Args),
     Eval(eval::Args),
     Quantize(quantize::Args),
@@ -55,6 +58,7 @@ enum Command {
     Convert(convert::Args),
     Plan(plan::Args),
     Receipt(receipt::Args),
+    Dashboard(dashboard::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run(args) => run::run(args),
         Command::Info(args) => info::run(args),
+        Command::Pull(args) => pull::run(args),
         Command::Distill(args) => distill::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Quantize(args) => quantize::run(args),
@@ -75,6 +80,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => convert::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Receipt(args) => receipt::run(args),
+        Command::Dashboard(args) => dashboard::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),

@@ -1,11 +1,11 @@
 //! What `MODEL` may be on the command line.
 
-use crate::builtin;
+use crate::{builtin, pull};
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 
 /// The file or folder that `name` means: `builtin`, a path, or the name of a repository on the Hugging Face hub that is
-/// already in the local cache (`org/name`, `org/name@revision`).
+/// already in the local cache (`org/name`, `org/name@revision`, `org/name:Q4_0` where it has several GGUF files).
 ///
 /// # Errors
 /// If there is nothing of that name; the message says where it was looked for.
@@ -17,7 +17,11 @@ pub fn resolve(name: &str) -> anyhow::Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_path_buf());
     }
-    let (repository, revision) = name.split_once('@').unwrap_or((name, "main"));
+    let (plain_name, kind) = match name.rsplit_once(':') {
+        Some((before, kind)) if !kind.contains('/') => (before, Some(kind)),
+        _ => (name, None),
+    };
+    let (repository, revision) = plain_name.split_once('@').unwrap_or((plain_name, "main"));
     let parts: Vec<&str> = repository.split('/').collect();
     let plain = |p: &str| !p.is_empty() && p != ".." && !p.contains(['\\', ':']);
     if parts.len() != 2
@@ -38,15 +42,15 @@ pub fn resolve(name: &str) -> anyhow::Result<PathBuf> {
     let snapshot = folder.join("snapshots").join(&commit);
     if !snapshot.is_dir() {
         bail!(
-            "{name}: no such file or folder, and {} holds no revision {revision} of that repository; check the name, or fetch it into the cache first",
+            "{name}: no such file or folder, and {} holds no revision {revision} of that repository; check the name, or fetch it with: sparsam pull {plain_name}",
             folder.display()
         );
     }
-    Ok(snapshot)
+    pull::local(&snapshot, kind).with_context(|| name.to_string())
 }
 
 /// Where the hub's own tools keep what they fetched.
-fn hub_cache() -> Option<PathBuf> {
+pub fn hub_cache() -> Option<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     var("HF_HUB_CACHE")
         .or_else(|| var("HF_HOME").map(|h| h.join("hub")))

@@ -8,12 +8,14 @@
 mod answer;
 mod chat;
 mod completion;
+mod dashboard;
 mod error;
 mod metrics;
 mod routes;
 mod wire;
 mod worker;
 
+pub use dashboard::dashboard;
 pub use error::Error;
 
 use sparsam_engine::Engine;

@@ -66,7 +66,7 @@ pub(crate) fn router(app: App) -> Router {
 }
 
 /// Nothing here is to be framed, sniffed or kept.
-async fn harden(request: Request, next: Next) -> Response {
+pub(crate) async fn harden(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -190,9 +190,10 @@ async fn props(State(app): State<Arc<App>>) -> Json<Value> {
     Json(value)
 }
 
+/// What a page may load: nothing from elsewhere, it is one file.
+pub(crate) const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:";
+
 async fn page() -> Response {
-    // Nothing from elsewhere: the page is one file.
-    let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:";
-    let policy = HeaderValue::from_static(policy);
+    let policy = HeaderValue::from_static(PAGE_POLICY);
     ([(header::CONTENT_SECURITY_POLICY, policy)], Html(include_str!("page.html"))).into_response()
 }

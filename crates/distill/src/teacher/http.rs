@@ -167,8 +167,11 @@ impl Server {
     }
 }
 
-/// Certificates of the system, so that one's own count too; rustls for the rest.
-fn tls() -> Result<TlsConfig, String> {
+/// TLS for clients: certificates of the system, so that one's own count too; rustls for the rest.
+///
+/// # Errors
+/// If the system has no certificates.
+pub fn tls() -> Result<TlsConfig, String> {
     let found = rustls_native_certs::load_native_certs();
     let certificates: Vec<Certificate<'static>> =
         found.certs.iter().map(|c| Certificate::from_der(c.as_ref()).to_owned()).collect();
