@@ -264,7 +264,8 @@ impl Asking<'_> {
             if let Some(seconds) = rate.after(n as f64 / total.max(1) as f64, &self.ledger) {
                 forecast = Some(self.forecast(seconds, total, n, out));
             }
-            !stopped.load(Ordering::Relaxed) && !(self.trial.is_some() && forecast.is_some())
+            let told = self.trial.is_some() && forecast.is_some();
+            !stopped.load(Ordering::Relaxed) && !told
         };
         let summary = ask::ask(teacher, questions, plan, &mut store, &mut purse, &mut progress)?;
         bar.finish_and_clear();

@@ -234,7 +234,8 @@ fn teach(args: &Args, trial: Option<f64>) -> anyhow::Result<Option<Forecast>> {
         last = Some((p, start.elapsed()));
         let steps = p.steps as f64 * trial.unwrap_or(1.0);
         time = time.or_else(|| rate.after(p.step as f64 / steps, &ledger));
-        !stopped.load(Ordering::Relaxed) && !(trial.is_some() && time.is_some())
+        let told = trial.is_some() && time.is_some();
+        !stopped.load(Ordering::Relaxed) && !told
     })?;
     if let Some(bar) = bar {
         bar.finish_and_clear();

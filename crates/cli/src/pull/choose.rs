@@ -169,7 +169,7 @@ fn kind_of(stem: &str) -> String {
             .any(|p| upper.strip_prefix(p).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())))
             || ["F16", "F32", "BF16", "FP16", "FP32", "MXFP4", "MXFP4_MOE"].contains(&upper.as_str())
     };
-    let found = name.split(['-', '.']).filter(|p| looks(p)).next_back();
+    let found = name.split(['-', '.']).rfind(|p| looks(p));
     found.map_or_else(
         || name.to_string(),
         |kind| kind.to_uppercase().replace("FP", "F").replace("MXF4", "MXFP4"),
