@@ -242,7 +242,7 @@ mod tests {
         add("sub/m-Q4_0-00002-of-00002.gguf");
         assert_eq!(local(folder.path(), None).unwrap(), at("sub/m-Q4_0-00001-of-00002.gguf"));
         assert_eq!(local(folder.path(), Some("q8_0")).unwrap(), at("m-Q8_0.gguf"));
-        assert!(local(folder.path(), Some("Q5_0")).unwrap_err().to_string().contains("did you mean `Q4_0`?"));
+        assert!(local(folder.path(), Some("Q4_1")).unwrap_err().to_string().contains("did you mean `Q4_0`?"));
         add("model.safetensors");
         assert_eq!(local(folder.path(), None).unwrap(), folder.path());
     }
