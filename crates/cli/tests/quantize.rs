@@ -241,7 +241,10 @@ fn quantize_writes_what_info_shows() {
     let args = ["quantize", &model, "-o", out, "--type", "F16", "--method", "nearest"];
     let plan = json(&[&args[..], &["--dry-run", "--json"]].concat());
     assert!(!Path::new(out).exists(), "a dry run writes nothing");
-    assert!(plan["seconds"]["value"].as_f64().is_some() && plan["memory_bytes"].as_f64().unwrap() > 0.0, "{plan}");
+    assert!(
+        plan["seconds"]["value"].as_f64().is_some() && plan["memory_bytes"].as_f64().unwrap() > 0.0,
+        "{plan}"
+    );
     let done = json(&[&args[..], &["--json"]].concat());
     assert_eq!(done["bits_per_weight"], plan["bits_per_weight"]);
     let info = json(&["info", out, "--json"]);

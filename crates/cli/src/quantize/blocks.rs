@@ -1,8 +1,8 @@
 //! What rounding will take, said once a whole block was seen: the others are as large.
 
 use crate::ledger::Ledger;
-use sparsam_plan::forecast::Interval;
 use sparsam_formats::Source;
+use sparsam_plan::forecast::Interval;
 use sparsam_quantize::recipe::TensorPlan;
 use std::time::Instant;
 

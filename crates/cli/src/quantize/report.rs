@@ -80,14 +80,16 @@ pub fn dry_run(args: &Args, opened: &Opened, plan: &[TensorPlan]) -> anyhow::Res
     let widest = plan.iter().filter(|p| p.grid().is_some()).map(|p| p.spec.shape[1]).max().unwrap_or(0);
     let block = plan.iter().map(TensorPlan::numel).sum::<usize>() / facts.n_layers().max(1);
     let streams = 2 * 2 * 4 * tokens * facts.hidden_size;
+    // What the program and the mapped file take beside is there already.
+    let beside = probe::peak_memory().unwrap_or(0.0);
     let memory = if tokens == 0 {
         let largest = plan.iter().map(TensorPlan::numel).max().unwrap_or(0);
-        Memory { weights: 12.0 * largest as f64, ..Memory::default() }
+        Memory { weights: 12.0 * largest as f64, temporary: beside, ..Memory::default() }
     } else {
         Memory {
             weights: (4 * 3 * block) as f64,
             activations: args.memory.map_or(streams, |m| m.min(streams)) as f64,
-            temporary: (6 * 4 * widest * widest) as f64,
+            temporary: (6 * 4 * widest * widest) as f64 + beside,
             ..Memory::default()
         }
     };
