@@ -270,7 +270,7 @@ impl Place {
             return match name {
                 "Q2_K" => Q3_K,
                 "Q3_K_M" if i < n / 16 => Q5_K,
-                "Q3_K_M" if more => Q4_K,
+                "Q3_K_M" => Q4_K,
                 "Q3_K_L" => Q5_K,
                 "Q4_K_M" | "Q5_K_M" if more => Q6_K,
                 "Q4_K_S" if i < n / 8 => Q5_K,
@@ -287,5 +287,39 @@ impl Place {
             };
         }
         base
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// The types of SmolLM2-135M's 211 matrices (30 layers, rows of 576 and 1536) in files that llama-quantize wrote,
+    /// counted by the gguf package.
+    #[test]
+    fn mixtures_have_the_types_of_llama_quantize() {
+        use DType::*;
+        let place = Place { n_layers: 30, n_gqa: 3, tied: true };
+        for (name, want) in [
+            ("Q4_0", &[(Q4_0, 210), (Q8_0, 1)][..]),
+            ("Q4_K_M", &[(Q5_0, 166), (Q4_K, 16), (Q6_K, 14), (Q8_0, 15)]),
+            ("Q3_K_M", &[(Q4_0, 120), (Q5_0, 58), (Q4_K, 29), (Q5_1, 2), (Q5_K, 1), (Q8_0, 1)]),
+            ("Q2_K", &[(Q4_0, 180), (Q3_K, 30), (Q8_0, 1)]),
+            ("IQ4_XS", &[(IQ4_NL, 180), (IQ4_XS, 27), (Q5_K, 3), (Q8_0, 1)]),
+        ] {
+            let mut counts: BTreeMap<DType, usize> = BTreeMap::new();
+            let mut count = |tensor: &str, cols: usize| {
+                *counts.entry(fitting(place.choose(name, tensor), cols)).or_default() += 1;
+            };
+            count("token_embd.weight", 576);
+            for i in 0..30 {
+                for part in ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"] {
+                    count(&format!("blk.{i}.{part}.weight"), 576);
+                }
+                count(&format!("blk.{i}.ffn_down.weight"), 1536);
+            }
+            assert_eq!(counts, want.iter().copied().collect(), "{name}");
+        }
     }
 }
