@@ -2,7 +2,7 @@
 
 use crate::model;
 use sparsam_dtype::DType;
-use sparsam_engine::{Engine, Options};
+use sparsam_engine::{CACHE_TYPES, Engine, Options};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -19,7 +19,7 @@ pub struct Load {
     /// Run node by node without the compiler, to compare
     #[arg(long)]
     pub eager: bool,
-    /// Element type of the cache: F32, F16 or BF16 (default: F16; F32 with --exact)
+    /// Element type of the cache: F32, F16, BF16 or Q8_0, half of F16's bytes (default: F16; F32 with --exact)
     #[arg(long, value_name = "TYPE", value_parser = cache_type)]
     pub cache_type: Option<DType>,
     /// A folder with an adapter in PEFT's layout; may be given more than once. DIR=0.5 weights its term by a half
@@ -38,10 +38,10 @@ fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
 }
 
 fn cache_type(name: &str) -> Result<DType, String> {
-    const KNOWN: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    let names = || CACHE_TYPES.map(|d| d.to_string()).join(", ");
     DType::from_name(name)
-        .filter(|d| KNOWN.contains(d))
-        .ok_or_else(|| "a cache can be F32, F16 or BF16".into())
+        .filter(|d| CACHE_TYPES.contains(d))
+        .ok_or_else(|| format!("the types of a cache are {}", names()))
 }
 
 impl Load {

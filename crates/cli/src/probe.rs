@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use sparsam_dtype::DType;
-use sparsam_kernels::matmul::matmul;
+use sparsam_kernels::matmul::{Write, matmul};
 use sparsam_kernels::roof::{Arithmetic, peak, read_bandwidth};
 use sparsam_kernels::{Context, Cpu, Memory, Precision, View};
 use sparsam_plan::forecast::Machine;
@@ -120,7 +120,8 @@ fn product(context: &Context) -> anyhow::Result<f64> {
     let (start, mut best) = (Instant::now(), f64::INFINITY);
     while start.elapsed() < PRODUCT_TIME {
         let begin = Instant::now();
-        matmul(context, &mut memory, &out, &a, &b, Precision::F32).context("the probe's product")?;
+        matmul(context, &mut memory, &out, &a, &b, Precision::F32, Write::Set)
+            .context("the probe's product")?;
         best = best.min(begin.elapsed().as_secs_f64());
     }
     Ok(2.0 * (m * k * n) as f64 / best)

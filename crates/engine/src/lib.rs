@@ -50,7 +50,7 @@ pub use generate::{Finish, Generated, Request, generate};
 pub use merge::{Divergence, Merged, divergence, merge};
 pub use open::{Opened, open};
 pub use perplexity::{Perplexity, Protocol, Windows, begins_with_bos, negative_log_likelihood, perplexity};
-pub use runner::{Feed, Runner, RunnerOptions, Sequence, Want};
+pub use runner::{CACHE_TYPES, Feed, Runner, RunnerOptions, Sequence, Want};
 pub use sample::{Sampler, Sampling};
 pub use save::{Folder, Plan, Saver, sidecars, storable};
 pub use sparsam_tokenizer::Message;

@@ -13,12 +13,15 @@ pub(crate) const PAGE: usize = 64;
 /// Rows of the largest step; longer prompts take several.
 pub(crate) const MAX_ROWS: usize = 512;
 
+/// Element types that a cache can have.
+pub const CACHE_TYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
+
 /// What a [`Runner`] is made for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunnerOptions {
     /// How products with weights read their activations.
     pub precision: Precision,
-    /// Element type of keys and values in the cache.
+    /// Element type of keys and values in the cache, one of [`CACHE_TYPES`].
     pub cache: DType,
     /// Tokens that one sequence may have.
     pub context: usize,
@@ -115,6 +118,9 @@ impl Runner {
         let refuse = |what: String| Err(Error::Context { what });
         if options.context == 0 || options.sequences == 0 {
             return refuse("a context of 0 tokens has room for nothing; choose at least 1".into());
+        }
+        if !CACHE_TYPES.contains(&options.cache) {
+            return refuse(format!("no cache can hold {}; choose one of {CACHE_TYPES:?}", options.cache));
         }
         if facts.cache_bytes_per_token(options.cache).is_none() {
             let (dtype, head) = (options.cache, facts.heads.head_dim);

@@ -1,6 +1,7 @@
 //! The real model: what transformers says of it, and what the engine promises.
 
 use serde::Deserialize;
+use sparsam_dtype::DType;
 use sparsam_engine::{
     Batcher, Engine, Error, Feed, Finish, Generated, Message, Options, Protocol, Request, Sampling,
     Speculator, Want, Windows, generate, perplexity,
@@ -98,6 +99,15 @@ fn fast_perplexity_is_at_most_half_a_percent_above() {
     assert!((-0.005..0.005).contains(&loss), "{got:?}, {want} exact");
 }
 
+/// Keys and values in blocks of 8 bits, all else exact: a quarter of the memory of f32.
+#[test]
+fn a_cache_of_8_bits_costs_next_to_nothing() {
+    let Some(engine) = engine(Options { cache: Some(DType::Q8_0), ..exact() }) else { return };
+    let (got, want) = (measure(&engine, Windows::SideBySide), golden().perplexity_512);
+    let loss = got.perplexity / want - 1.0;
+    assert!((-0.005..0.005).contains(&loss) && loss != 0.0, "{got:?}, {want} exact");
+}
+
 /// Logits after each of `tokens`, fed in parts of these sizes.
 fn logits(engine: &Engine, tokens: &[u32], parts: &[usize]) -> Vec<f32> {
     let mut runner = engine.runner_with(1, 512).unwrap();
@@ -115,7 +125,8 @@ fn logits(engine: &Engine, tokens: &[u32], parts: &[usize]) -> Vec<f32> {
 
 #[test]
 fn how_a_text_is_cut_and_what_runs_beside_it_changes_no_bit() {
-    for options in [Options::default(), exact()] {
+    let blocks = Options { cache: Some(DType::Q8_0), ..Options::default() };
+    for options in [Options::default(), exact(), blocks] {
         let Some(engine) = engine(options) else { return };
         let tokens = engine.encode("One two three four five six seven eight nine ten.").unwrap();
         let whole = logits(&engine, &tokens, &[tokens.len()]);
@@ -133,6 +144,12 @@ fn how_a_text_is_cut_and_what_runs_beside_it_changes_no_bit() {
             ])
             .unwrap();
         assert!(both[runner_row(&engine)..] == whole[..], "beside another text");
+
+        runner.append(&mut a, &other).unwrap();
+        runner.truncate(&mut a, 4);
+        let feed = Feed { sequence: &mut a, tokens: &tokens[4..], want: Want::From(0) };
+        let again = runner.run(&mut [feed]).unwrap();
+        assert!(*again == whole[4 * runner_row(&engine)..], "rolled back and read again");
     }
 }
 

@@ -6,7 +6,7 @@
 
 use crate::graph::{Graph, Node};
 use crate::op::{Attention, AttentionLayout, AttentionPart, Binary, CrossEntropyPart, Op, Reduction, Unary};
-use sparsam_dtype::{DType, bf16, f16};
+use sparsam_dtype::{DType, bf16, codec, f16};
 use std::collections::HashMap;
 
 /// A tensor of numbers, row-major.
@@ -105,11 +105,23 @@ pub fn interpret_all(
         let inputs: Vec<&Value> = node.inputs.iter().map(|i| &values[i.index()]).collect();
         let mut data = eval(node, &inputs, leaves)?;
         if rounding == Rounding::Stored {
-            data.iter_mut().for_each(|x| *x = round(*x, node.dtype));
+            match node.op {
+                Op::Assign | Op::ScatterRows if node.dtype.is_block() => round_blocks(&mut data, node.dtype),
+                _ => data.iter_mut().for_each(|x| *x = round(*x, node.dtype)),
+            }
         }
         values.push(Value::new(&node.shape, data));
     }
     Ok(values)
+}
+
+/// Rounds rows of whole blocks to the nearest codes; what is rounded already stays.
+fn round_blocks(data: &mut [f64], dtype: DType) {
+    let mut x: Vec<f32> = data.iter().map(|&x| x as f32).collect();
+    let mut bytes = vec![0; dtype.bytes_for(x.len()).unwrap_or(0)];
+    let rounded = codec::encode(dtype, &x, &mut bytes).and_then(|()| codec::decode(dtype, &bytes, &mut x));
+    rounded.expect("a state's rows are whole blocks: its shape was checked");
+    data.iter_mut().zip(x).for_each(|(to, x)| *to = x as f64);
 }
 
 /// `x` as an element of type `dtype` holds it.

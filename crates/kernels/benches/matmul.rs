@@ -6,7 +6,10 @@ mod common;
 
 use common::{best, context, peak_f32, tensor, wanted};
 use sparsam_dtype::DType;
-use sparsam_kernels::{Memory, Precision, View, matmul::matmul};
+use sparsam_kernels::{
+    Memory, Precision, View,
+    matmul::{Write, matmul},
+};
 
 /// A (or B) as it lies: N row after row, T as the transpose of such.
 const SHAPES: [(&str, usize, usize, usize, [char; 2]); 16] = [
@@ -48,7 +51,8 @@ fn main() {
             let mut mem = Memory::new();
             let (a, b) = (side(&mut mem, m, k, ta, 1), side(&mut mem, k, n, tb, 2));
             let out = View::contiguous(mem.add_owned(m * n * 4), DType::F32, &[m, n]);
-            let (t, median) = best(|| matmul(&ctx, &mut mem, &out, &a, &b, precision).expect("shapes fit"));
+            let (t, median) =
+                best(|| matmul(&ctx, &mut mem, &out, &a, &b, precision, Write::Set).expect("shapes fit"));
             let flops = 2e-9 * (m * k * n) as f64;
             let (top, mid) = (flops / t, flops / median);
             println!(

@@ -4,7 +4,8 @@
 //! `s_j = cap(scale * q_ih . k_jg)`, `out_ih = sum_j softmax(s)_j v_jg`, `lse_ih = log sum_j exp(s_j)`, where
 //! `cap(s) = softcap * tanh(s / softcap)` if a soft cap is given. A row that sees no key gets 0 and -inf.
 //!
-//! Products, sums and exponentials are in f32, whatever the inputs are stored in. Where k and v are bf16 with even widths
+//! Products, sums and exponentials are in f32, whatever the inputs are stored in (keys and values in pages also in Q8_0,
+//! whose blocks lie along a head's row). Where k and v are bf16 with even widths
 //! and the machine multiplies pairs of bf16, the products take bf16: queries, weights and the gradients of scores are
 //! rounded to it on their way into a product, sums stay in f32.
 //!
@@ -44,7 +45,7 @@ pub struct Scores {
 pub struct Paged<'a> {
     /// (N, n_heads, head_dim), F32, F16 or BF16.
     pub q: &'a View,
-    /// (slots, n_kv_heads, head_dim), F32, F16 or BF16.
+    /// (slots, n_kv_heads, head_dim), F32, F16, BF16 or Q8_0.
     pub k: &'a View,
     /// (slots, n_kv_heads, value_dim), of the same type as `k`.
     pub v: &'a View,
@@ -205,7 +206,7 @@ fn forward(
         check_lse(lse, p)?;
     }
     let results: Vec<&View> = out.into_iter().chain(lse).collect();
-    let (outs, ins) = mem.resolve_slices(&results, &[q, k, v], false)?;
+    let (outs, ins) = mem.resolve_blocks(&results, &[q, k, v])?;
     let mut outs = outs.into_iter();
     let f = Forward {
         q: Tensor::new(q, ins[0]),

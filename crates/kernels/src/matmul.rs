@@ -61,6 +61,15 @@ impl Out {
     }
 }
 
+/// What a product does with what its output holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// Replaces it.
+    Set,
+    /// Adds to it: block by block of K, as if it were one longer sum.
+    Add,
+}
+
 /// Computes `out` (.., M, N) f32 = `a` (.., M, K) times `b` (.., K, N).
 ///
 /// Leading axes are equal; strides are free (a transpose is a pair of strides, a repeated operand has stride 0);
@@ -76,32 +85,7 @@ pub fn matmul(
     a: &View,
     b: &View,
     precision: Precision,
-) -> Result<(), Error> {
-    into(ctx, mem, out, [a, b], precision, false)
-}
-
-/// As [`matmul`], added to what `out` holds: block by block of K, as if it were one longer sum.
-///
-/// # Errors
-/// As [`matmul`].
-pub fn matmul_add(
-    ctx: &Context,
-    mem: &mut Memory,
-    out: &View,
-    a: &View,
-    b: &View,
-    precision: Precision,
-) -> Result<(), Error> {
-    into(ctx, mem, out, [a, b], precision, true)
-}
-
-fn into(
-    ctx: &Context,
-    mem: &mut Memory,
-    out: &View,
-    [a, b]: [&View; 2],
-    precision: Precision,
-    add: bool,
+    write: Write,
 ) -> Result<(), Error> {
     let ([o], [pa, pb]) = mem.resolve([out], [a, b], false)?;
     for v in [a, b] {
@@ -140,7 +124,7 @@ fn into(
             out: Out { ptr, rs: lo.strides[row], cs: lo.strides[col] },
             a: lanes(pa, a, row, col),
             b: lanes(pb, b, col, row),
-            add,
+            add: write == Write::Add,
         }
     };
     let (tiles, packing) = choose(ctx, precision);

@@ -17,6 +17,9 @@ struct Line([u8; 64]);
 /// Allocations of at least this many bytes are mapped in large pages of their own.
 const LARGE: usize = 8 << 20;
 
+/// Sparse allocations of at least this many bytes are mapped: 16 pages.
+const SPARSE: usize = 64 << 10;
+
 /// A zeroed allocation of bytes, aligned to 64.
 #[derive(Default)]
 pub struct AlignedBytes {
@@ -42,7 +45,7 @@ impl Clone for AlignedBytes {
 }
 
 impl AlignedBytes {
-    /// `len` zero bytes. Large ones cost no memory before they are touched: the system hands out zero pages.
+    /// `len` zero bytes. Large ones lie in large pages, and cost no memory before these are touched.
     pub fn zeroed(len: usize) -> AlignedBytes {
         if len >= LARGE
             && let Some(bytes) = pages::alone(len)
@@ -52,7 +55,17 @@ impl AlignedBytes {
         AlignedBytes::zeroed_small(len)
     }
 
-    /// [`AlignedBytes::zeroed`] from the global allocator.
+    /// `len` zero bytes of which each small page costs memory only once it is touched.
+    pub fn sparse(len: usize) -> AlignedBytes {
+        if len >= SPARSE
+            && let Some(bytes) = pages::sparse(len)
+        {
+            return bytes;
+        }
+        AlignedBytes::zeroed_small(len)
+    }
+
+    /// [`AlignedBytes::zeroed`] from the global allocator, which touches them all (as it aligns them).
     pub(crate) fn zeroed_small(len: usize) -> AlignedBytes {
         let n = len.div_ceil(64);
         if n == 0 {
@@ -98,7 +111,7 @@ impl AlignedBytes {
         match &self.store {
             Store::Lines(lines) => &bytemuck::cast_slice(lines)[..self.len],
             // SAFETY: a piece has `len` bytes of a mapping that it keeps, and they are this allocation's alone.
-            Store::Piece(piece) => unsafe { std::slice::from_raw_parts(piece.ptr, self.len) },
+            Store::Piece(piece) => unsafe { std::slice::from_raw_parts(piece.ptr(), self.len) },
         }
     }
 
@@ -107,7 +120,7 @@ impl AlignedBytes {
         match &mut self.store {
             Store::Lines(lines) => &mut bytemuck::cast_slice_mut(lines)[..self.len],
             // SAFETY: as in `bytes`; `self` is borrowed mutably.
-            Store::Piece(piece) => unsafe { std::slice::from_raw_parts_mut(piece.ptr, self.len) },
+            Store::Piece(piece) => unsafe { std::slice::from_raw_parts_mut(piece.ptr(), self.len) },
         }
     }
 
@@ -115,7 +128,7 @@ impl AlignedBytes {
     fn ptr(&mut self) -> *mut u8 {
         match &mut self.store {
             Store::Lines(lines) => lines.as_mut_ptr().cast(),
-            Store::Piece(piece) => piece.ptr,
+            Store::Piece(piece) => piece.ptr(),
         }
     }
 
@@ -123,7 +136,7 @@ impl AlignedBytes {
     fn shared_ptr(&self) -> *const u8 {
         match &self.store {
             Store::Lines(lines) => lines.as_ptr().cast(),
-            Store::Piece(piece) => piece.ptr,
+            Store::Piece(piece) => piece.ptr(),
         }
     }
 }
@@ -133,7 +146,8 @@ impl AlignedBytes {
 pub struct View {
     /// Index of the slab in its [`Memory`].
     pub slab: usize,
-    /// Element type: a plain number, never a block format.
+    /// Element type: a plain number; a block format only where a kernel says so, and then in whole blocks along a
+    /// contiguous last axis.
     pub dtype: DType,
     /// Where the elements lie.
     pub layout: Layout,
@@ -196,6 +210,12 @@ impl Memory {
         self.slabs.len() - 1
     }
 
+    /// [`Memory::add_owned`] for a slab of which much may stay unused: see [`AlignedBytes::sparse`].
+    pub fn add_sparse(&mut self, bytes: usize) -> usize {
+        self.slabs.push(Slab::Owned(AlignedBytes::sparse(bytes)));
+        self.slabs.len() - 1
+    }
+
     /// Adds a read-only slab; returns its index.
     pub fn add_shared(&mut self, bytes: Arc<AlignedBytes>) -> usize {
         self.slabs.push(Slab::Shared(bytes));
@@ -239,15 +259,24 @@ impl Memory {
     }
 
     fn check_bounds(&self, view: &View) -> Result<(), Error> {
+        if view.dtype.is_block() {
+            return Err(Error::View { want: "plain numbers", view: Box::new(view.clone()) });
+        }
+        self.check_bytes(view)
+    }
+
+    /// That a view of any type lies within its slab, blocks whole.
+    fn check_bytes(&self, view: &View) -> Result<(), Error> {
         let have = match self.slabs.get(view.slab) {
             Some(Slab::Owned(a)) => a.len(),
             Some(Slab::Shared(a)) => a.len(),
             None => return Err(Error::NoSlab { slab: view.slab }),
         };
-        if view.dtype.is_block() {
-            return Err(Error::View { want: "plain numbers", view: Box::new(view.clone()) });
+        if !whole_blocks(view) {
+            let want = "whole blocks along a contiguous last axis";
+            return Err(Error::View { want, view: Box::new(view.clone()) });
         }
-        let need = view.layout.end() * view.dtype.block_bytes();
+        let need = bytes_before(view.dtype, view.layout.end());
         if need > have {
             return Err(Error::Bounds { slab: view.slab, need, have });
         }
@@ -264,7 +293,7 @@ impl Memory {
         ins: [&View; I],
         in_place: bool,
     ) -> Result<([Ptr; O], [Ptr; I]), Error> {
-        self.check(&outs, &ins, in_place)?;
+        self.check(&outs, &ins, in_place, false)?;
         Ok((outs.map(|v| self.address(v)), ins.map(|v| self.address(v))))
     }
 
@@ -275,14 +304,23 @@ impl Memory {
         ins: &[&View],
         in_place: bool,
     ) -> Result<(Vec<Ptr>, Vec<Ptr>), Error> {
-        self.check(outs, ins, in_place)?;
-        let outs = outs.iter().map(|v| self.address(v)).collect();
-        Ok((outs, ins.iter().map(|v| self.address(v)).collect()))
+        self.check(outs, ins, in_place, false)?;
+        Ok(self.address_all(outs, ins))
+    }
+
+    /// [`Memory::resolve_slices`] for a kernel that also reads and writes block formats.
+    pub(crate) fn resolve_blocks(
+        &mut self,
+        outs: &[&View],
+        ins: &[&View],
+    ) -> Result<(Vec<Ptr>, Vec<Ptr>), Error> {
+        self.check(outs, ins, false, true)?;
+        Ok(self.address_all(outs, ins))
     }
 
     /// Checks views once for many runs: what [`Memory::resolve`] checks, slabs as they are now.
     pub(crate) fn bind(&self, outs: &[&View], ins: &[&View], in_place: bool) -> Result<Vec<Place>, Error> {
-        self.check(outs, ins, in_place)?;
+        self.check(outs, ins, in_place, false)?;
         let place = |(i, v): (usize, &&View)| {
             let size = v.dtype.block_bytes();
             let (at, end) = (v.layout.offset * size, v.layout.end() * size);
@@ -308,10 +346,10 @@ impl Memory {
         Ok(())
     }
 
-    /// What [`Memory::resolve`] promises.
-    fn check(&self, outs: &[&View], ins: &[&View], in_place: bool) -> Result<(), Error> {
+    /// What [`Memory::resolve`] promises; with `blocks` also for views of block formats.
+    fn check(&self, outs: &[&View], ins: &[&View], in_place: bool, blocks: bool) -> Result<(), Error> {
         for view in outs.iter().chain(ins) {
-            self.check_bounds(view)?;
+            if blocks { self.check_bytes(view)? } else { self.check_bounds(view)? }
         }
         for (i, out) in outs.iter().enumerate() {
             if matches!(self.slabs[out.slab], Slab::Shared(_)) {
@@ -338,8 +376,29 @@ impl Memory {
             Slab::Owned(a) => a.ptr(),
             Slab::Shared(a) => a.shared_ptr().cast_mut(),
         };
-        Ptr(base.wrapping_add(v.layout.offset * v.dtype.block_bytes()))
+        Ptr(base.wrapping_add(bytes_before(v.dtype, v.layout.offset)))
     }
+
+    fn address_all(&mut self, outs: &[&View], ins: &[&View]) -> (Vec<Ptr>, Vec<Ptr>) {
+        let mut all = |views: &[&View]| views.iter().map(|v| self.address(v)).collect();
+        (all(outs), all(ins))
+    }
+}
+
+/// Bytes that `n` elements take, whole blocks.
+pub(crate) fn bytes_before(dtype: DType, n: usize) -> usize {
+    n / dtype.block_len() * dtype.block_bytes()
+}
+
+/// Whether every row of the view is whole blocks that lie together; plain numbers are blocks of one, in any order.
+fn whole_blocks(view: &View) -> bool {
+    let (l, block) = (&view.layout, view.dtype.block_len());
+    let Some((&step, rest)) = l.strides.split_last() else { return block == 1 };
+    block == 1
+        || step == 1
+            && l.offset.is_multiple_of(block)
+            && l.shape.last().is_some_and(|n| n.is_multiple_of(block))
+            && rest.iter().all(|s| s.is_multiple_of(block))
 }
 
 /// Whether two views may share an element. Exact for disjoint hulls and for column ranges of one matrix
@@ -348,10 +407,7 @@ fn overlap(a: &View, b: &View) -> bool {
     if a.slab != b.slab || a.layout.numel() == 0 || b.layout.numel() == 0 {
         return false;
     }
-    let hull = |v: &View| {
-        let size = v.dtype.block_bytes();
-        (v.layout.offset * size, v.layout.end() * size)
-    };
+    let hull = |v: &View| (bytes_before(v.dtype, v.layout.offset), bytes_before(v.dtype, v.layout.end()));
     let ((a0, a1), (b0, b1)) = (hull(a), hull(b));
     if a1 <= b0 || b1 <= a0 {
         return false;
@@ -407,8 +463,11 @@ mod tests {
 
     #[test]
     fn zeroed_is_aligned_and_zero() {
-        for len in [0, 1, 63, 64, 65, 100_000] {
-            let mut a = AlignedBytes::zeroed(len);
+        let lengths = [0, 1, 63, 64, 65, 100_000];
+        for (len, make) in
+            lengths.map(|n| [(n, AlignedBytes::zeroed as fn(_) -> _), (n, AlignedBytes::sparse)]).concat()
+        {
+            let mut a: AlignedBytes = make(len);
             assert!(a.len() == len && a.bytes().iter().all(|&b| b == 0));
             assert!(len == 0 || a.bytes().as_ptr().addr().is_multiple_of(64));
             a.bytes_mut().fill(1);

@@ -9,10 +9,10 @@
 //! that the inner loop is as long as it can be.
 
 use crate::convert;
-use crate::mem::Ptr;
+use crate::mem::{Ptr, bytes_before};
 use crate::simd::{Vector, dispatch};
 use crate::{Context, Error, Memory, Simd, View};
-use sparsam_dtype::{DType, Layout};
+use sparsam_dtype::{DType, Layout, codec};
 
 /// Elements that one task copies at least: about 10 us of work against 0.5 us to enter a region.
 const TASK: usize = 32 * 1024;
@@ -369,7 +369,7 @@ pub fn gather(ctx: &Context, mem: &mut Memory, out: &View, table: &View, rows: &
 }
 
 /// `state[slots[i], ..] = values[i, ..]` in order, converted to the state's type; slot -1 skips a row. `slots` is
-/// contiguous I32. Of two rows for one slot the later stays.
+/// contiguous I32. Of two rows for one slot the later stays. A state in a block format takes contiguous rows.
 ///
 /// # Errors
 /// Shapes that do not fit, a slot outside of the state (nothing is written then), views out of bounds or overlapping.
@@ -383,6 +383,9 @@ pub fn scatter_rows(
     let simd = ctx.cpu().simd;
     check_rows("scatter_rows", state, values, slots)?;
     check_writable("scatter_rows", state)?;
+    if state.dtype.is_block() {
+        return scatter_blocks(simd, mem, state, values, slots);
+    }
     let ([state_ptr], [values_ptr, slots_ptr]) = mem.resolve([state], [values, slots], false)?;
     // SAFETY: resolved just now; the output does not overlap it.
     let list = unsafe { indices("scatter_rows", slots, slots_ptr, state.layout.shape[0], true)? };
@@ -399,6 +402,45 @@ pub fn scatter_rows(
         let to = slot as usize * state.layout.strides[0];
         // SAFETY: the slot was checked, so both rows lie in their layouts; one thread writes.
         unsafe { copy_row(o, to, s, i * values.layout.strides[0], &axes) }
+    }
+    Ok(())
+}
+
+/// [`scatter_rows`] into a state of rounded blocks: each row is rounded to the nearest codes.
+fn scatter_blocks(
+    simd: Simd,
+    mem: &mut Memory,
+    state: &View,
+    values: &View,
+    slots: &View,
+) -> Result<(), Error> {
+    let row_shape = &values.layout.shape[1..];
+    if state.layout.strides[1..] != Layout::contiguous(row_shape).strides[..] {
+        return Err(Error::View { want: "contiguous rows of blocks", view: Box::new(state.clone()) });
+    }
+    let (outs, ins) = mem.resolve_blocks(&[state], &[values, slots])?;
+    if values.dtype.is_block() {
+        return Err(Error::View { want: "values in plain numbers", view: Box::new(values.clone()) });
+    }
+    // SAFETY: resolved just now; the output does not overlap it.
+    let list = unsafe { indices("scatter_rows", slots, ins[1], state.layout.shape[0], true)? };
+    let mut row = vec![0f32; row_shape.iter().product()];
+    if row.is_empty() {
+        return Ok(());
+    }
+    let plain = Side { ptr: Ptr(row.as_mut_ptr().cast()), dtype: DType::F32, simd };
+    let from = Side { ptr: ins[0], dtype: values.dtype, simd };
+    let axes = row_axes(&View::contiguous(0, DType::F32, &values.layout.shape), values);
+    let bytes = bytes_before(state.dtype, row.len());
+    for (i, &slot) in list.iter().enumerate().filter(|&(_, &slot)| slot != -1) {
+        // SAFETY: `row` has the elements of one row of values, which lie in their layout; the slot was checked, so its
+        // blocks lie in the state's; one thread writes.
+        let to = unsafe {
+            copy_row(plain, 0, from, i * values.layout.strides[0], &axes);
+            let at = bytes_before(state.dtype, slot as usize * state.layout.strides[0]);
+            std::slice::from_raw_parts_mut(outs[0].0.wrapping_add(at), bytes)
+        };
+        codec::encode(state.dtype, &row, to).expect("a checked row is whole blocks");
     }
     Ok(())
 }
@@ -693,5 +735,35 @@ mod tests {
         };
         run(1);
         run(4);
+    }
+
+    #[test]
+    fn rows_are_rounded_into_blocks() {
+        let ctx = Context::new(1, Cpu::detect());
+        let mut mem = Memory::new();
+        let x: Vec<f32> = (0..3 * 64).map(|i| (i as f32 * 0.37).sin() * (i + 1) as f32).collect();
+        let slab = mem.add_owned(x.len() * 4);
+        mem.bytes_mut(slab).unwrap().copy_from_slice(bytemuck::cast_slice(&x));
+        let rows = View::contiguous(slab, DType::F32, &[3, 2, 32]);
+        let slots = mem.add_owned(12);
+        mem.bytes_mut(slots).unwrap().copy_from_slice(bytemuck::cast_slice(&[3i32, -1, 0]));
+        let slots = View::contiguous(slots, DType::I32, &[3]);
+        let row = 2 * 34; // two blocks
+        let state = mem.add_owned(4 * row);
+        let state = View::contiguous(state, DType::Q8_0, &[4, 2, 32]);
+        scatter_rows(&ctx, &mut mem, &state, &rows, &slots).unwrap();
+        let encoded = |i: usize| {
+            let mut bytes = vec![0; row];
+            codec::encode(DType::Q8_0, &x[i * 64..][..64], &mut bytes).unwrap();
+            bytes
+        };
+        let want = [encoded(2), vec![0; 2 * row], encoded(0)].concat();
+        assert_eq!(mem.bytes(state.slab), want);
+        // Rows that are no whole blocks, and kernels that know no blocks.
+        let mut odd = state.clone();
+        odd.layout.offset = 8;
+        odd.layout.shape[0] = 3;
+        assert!(matches!(scatter_rows(&ctx, &mut mem, &odd, &rows, &slots), Err(Error::View { .. })));
+        assert!(matches!(fill(&ctx, &mut mem, &state, 0.0), Err(Error::View { .. })));
     }
 }

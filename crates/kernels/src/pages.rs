@@ -3,7 +3,8 @@
 //! Weights are read from memory once a token, and each page of 4 KiB costs a walk through the page tables and stops the
 //! prefetcher at its end: on the machine of `benches/weight.rs` 92 MB are read at 26 GB/s from small pages and at 40 GB/s
 //! from pages of 2 MiB, of which the last-level cache also keeps more. So weights share a few regions that ask the
-//! system for large pages; where it has none they are ordinary memory.
+//! system for large pages; where it has none they are ordinary memory. A cache, of which most may never be used, asks for
+//! small ones instead: it takes memory page by page as it fills.
 
 use crate::mem::AlignedBytes;
 use memmap2::MmapMut;
@@ -15,16 +16,16 @@ const LARGE: usize = 2 << 20;
 /// Bytes of a region that several pieces share: address space, of which only what is touched takes memory.
 const SHARED: usize = 64 << 20;
 
-/// A zeroed mapping whose useful part begins at a large page.
-pub(crate) struct Region {
+/// A zeroed mapping.
+struct Region {
     map: MmapMut,
-    /// First byte of the first large page.
+    /// First useful byte.
     start: usize,
 }
 
 impl Region {
-    /// At least `bytes` zero bytes; `None` if the system does not give them.
-    fn new(bytes: usize) -> Option<Region> {
+    /// At least `bytes` zero bytes from a large page on; `None` if the system does not give them.
+    fn large(bytes: usize) -> Option<Region> {
         let map = MmapMut::map_anon(bytes.checked_add(LARGE)?).ok()?;
         let start = map.as_ptr().align_offset(LARGE);
         // Only what is filled to its end: a large page costs all of itself as soon as one byte is touched. If it fails,
@@ -32,6 +33,19 @@ impl Region {
         #[cfg(target_os = "linux")]
         let _ = map.advise_range(memmap2::Advice::HugePage, start, bytes / LARGE * LARGE);
         Some(Region { map, start })
+    }
+
+    /// `bytes` zero bytes in small pages.
+    fn small(bytes: usize) -> Option<Region> {
+        let map = MmapMut::map_anon(bytes).ok()?;
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::NoHugePage); // at worst more is taken than is used
+        Some(Region { map, start: 0 })
+    }
+
+    /// All of it as one piece.
+    fn whole(self) -> Piece {
+        Piece { region: Arc::new(self), offset: 0 }
     }
 }
 
@@ -58,37 +72,38 @@ impl Pages {
         }
         let fits = |at: &(Arc<Region>, usize)| at.1 + size <= SHARED;
         if !self.current.as_ref().is_some_and(fits) {
-            self.current = Region::new(SHARED).map(|r| (Arc::new(r), 0));
+            self.current = Region::large(SHARED).map(|r| (Arc::new(r), 0));
         }
         let Some((region, used)) = &mut self.current else { return AlignedBytes::zeroed_small(len) };
-        let piece = Piece { ptr: address(region, *used), region: region.clone() };
+        let piece = Piece { region: region.clone(), offset: *used };
         *used += size;
         AlignedBytes::from_piece(piece, len)
     }
 }
 
-/// `len` zero bytes in a region of their own.
+/// `len` zero bytes in a region of their own, of large pages.
 pub(crate) fn alone(len: usize) -> Option<AlignedBytes> {
-    let region = Arc::new(Region::new(len)?);
-    Some(AlignedBytes::from_piece(Piece { ptr: address(&region, 0), region }, len))
+    Some(AlignedBytes::from_piece(Region::large(len)?.whole(), len))
 }
 
-fn address(region: &Region, offset: usize) -> *mut u8 {
-    region.map.as_ptr().wrapping_add(region.start + offset).cast_mut()
+/// `len` zero bytes in a region of their own, of small pages.
+pub(crate) fn sparse(len: usize) -> Option<AlignedBytes> {
+    Some(AlignedBytes::from_piece(Region::small(len)?.whole(), len))
 }
 
 /// Some bytes of a region, which no other piece has.
 pub(crate) struct Piece {
-    pub ptr: *mut u8,
-    /// Keeps the mapping; its own slices are never taken, so writing through `ptr` aliases nothing.
-    #[allow(dead_code)] // held, not read
+    /// Its own slices are never taken, so writing through [`Piece::ptr`] aliases nothing.
     region: Arc<Region>,
+    offset: usize,
 }
 
-// SAFETY: a piece owns its bytes alone, and the mapping may be dropped on any thread.
-unsafe impl Send for Piece {}
-// SAFETY: a shared piece only lends shared slices.
-unsafe impl Sync for Piece {}
+impl Piece {
+    /// The first byte.
+    pub fn ptr(&self) -> *mut u8 {
+        self.region.map.as_ptr().wrapping_add(self.region.start + self.offset).cast_mut()
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -100,6 +115,7 @@ mod tests {
         let mut pieces: Vec<AlignedBytes> =
             [1, 64, 100, 0, 5 << 20, 60 << 20, 3].into_iter().map(|n| pages.zeroed(n)).collect();
         drop(pages);
+        pieces.extend([1, 5000].map(|n| sparse(n).unwrap()));
         for (i, p) in pieces.iter_mut().enumerate() {
             assert!(p.bytes().iter().all(|&b| b == 0), "piece {i} is not zero");
             assert!(p.bytes().as_ptr().addr().is_multiple_of(64));

@@ -7,6 +7,7 @@ use sparsam_compiler::{self as compiler, Instr, Kernel, Operand, Place, Program}
 use sparsam_dtype::{DType, Layout};
 use sparsam_ir::{AttentionLayout, AttentionPart, Binary, Graph, Precision, Reduction, Unary};
 use sparsam_kernels::attention::Scores;
+use sparsam_kernels::matmul::Write;
 use sparsam_kernels::weight::Weight;
 use sparsam_kernels::{View, row};
 use std::sync::Arc;
@@ -24,8 +25,7 @@ pub(crate) struct Call {
 
 pub(crate) enum Kind {
     Row(Box<row::Bound>),
-    /// Whether the product is added to the output.
-    Matmul(sparsam_kernels::Precision, bool),
+    Matmul(sparsam_kernels::Precision, Write),
     WeightMatmul(Vec<Arc<Weight>>, sparsam_kernels::Precision),
     WeightMatmulT(Arc<Weight>, sparsam_kernels::Precision),
     WeightGather(Arc<Weight>),
@@ -99,11 +99,14 @@ impl Step {
     }
 }
 
-/// How a place is used: plain views, packed weights, or both.
+/// How a place is used: plain views, packed weights, or both; whether rows are scattered into it, and nothing else
+/// writes it.
 #[derive(Clone, Copy, Default)]
 struct Use {
     plain: bool,
     packed: bool,
+    scattered: bool,
+    written: bool,
 }
 
 /// Slab and first byte of a place, once bound.
@@ -150,7 +153,11 @@ impl Session {
                     uses[o.place].plain = true;
                 }
             }
-            s.outs.iter().for_each(|o| uses[o.place].plain = true);
+            for o in &s.outs {
+                let scatter = matches!(s.kernel, Kernel::ScatterRows);
+                let u = &mut uses[o.place];
+                (u.plain, u.scattered, u.written) = (true, u.scattered || scatter, u.written || !scatter);
+            }
         }
         program.outputs.iter().for_each(|(_, o)| uses[o.place].plain = true);
 
@@ -167,7 +174,9 @@ impl Session {
                 }
                 Place::Weight { name, shape, dtype } => self.bind_weight(name, shape, *dtype, *used)?,
                 Place::State { name, shape, dtype } => {
-                    Bound { slab: self.define_state(name, shape, *dtype)?, offset: 0, weight: None }
+                    let scattered = used.scattered && !used.written;
+                    let slab = self.define_state(name, shape, *dtype, scattered)?;
+                    Bound { slab, offset: 0, weight: None }
                 }
             });
         }
@@ -201,7 +210,9 @@ impl Session {
                     let wrong = |source| Error::Kernel { step: i, kernel: s.kernel.name(), source };
                     Kind::Row(Box::new(bound.map_err(wrong)?))
                 }
-                Kernel::Matmul { precision: p, add } => Kind::Matmul(precision(*p), *add),
+                Kernel::Matmul { precision: p, add } => {
+                    Kind::Matmul(precision(*p), if *add { Write::Add } else { Write::Set })
+                }
                 Kernel::WeightMatmul { precision: p } => {
                     let weights = (1..s.ins.len()).map(weight).collect::<Result<_, _>>()?;
                     Kind::WeightMatmul(weights, precision(*p))

@@ -88,8 +88,15 @@ impl Session {
         }
     }
 
-    /// Makes sure that there is a state `name` of this shape and type, zero if it is new. Returns its slab.
-    pub(crate) fn define_state(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<usize, Error> {
+    /// Makes sure that there is a state `name` of this shape and type, zero if it is new; `scattered`: rows of it are
+    /// written when they are needed, as a cache's, so that it takes memory as it fills. Returns its slab.
+    pub(crate) fn define_state(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        scattered: bool,
+    ) -> Result<usize, Error> {
         if let Some(s) = self.states.get(name) {
             if s.shape == shape && s.dtype == dtype {
                 return Ok(s.slab);
@@ -102,7 +109,8 @@ impl Session {
                 got: format!("it is {}{:?} since an earlier program", s.dtype, s.shape),
             });
         }
-        let slab = self.mem.add_owned(dtype.bytes_for(shape.iter().product()).unwrap_or(0));
+        let bytes = dtype.bytes_for(shape.iter().product()).unwrap_or(0);
+        let slab = if scattered { self.mem.add_sparse(bytes) } else { self.mem.add_owned(bytes) };
         self.states.insert(name.to_string(), State { slab, shape: shape.to_vec(), dtype });
         Ok(slab)
     }
@@ -265,8 +273,9 @@ fn run_call(ctx: &Context, mem: &mut Memory, call: &Call) -> Result<(), sparsam_
     let (outs, ins) = (&call.outs, &call.ins);
     match &call.kind {
         Kind::Row(bound) => bound.run(ctx, mem),
-        Kind::Matmul(precision, false) => matmul::matmul(ctx, mem, &outs[0], &ins[0], &ins[1], *precision),
-        Kind::Matmul(precision, true) => matmul::matmul_add(ctx, mem, &outs[0], &ins[0], &ins[1], *precision),
+        Kind::Matmul(precision, write) => {
+            matmul::matmul(ctx, mem, &outs[0], &ins[0], &ins[1], *precision, *write)
+        }
         Kind::WeightMatmul(weights, precision) => with_refs(outs, |outs| {
             let mut run = |ws: &[&Weight]| weight::matmul(ctx, mem, outs, &ins[0], ws, *precision);
             match &weights[..] {

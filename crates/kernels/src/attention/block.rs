@@ -73,6 +73,7 @@ impl<V: Vector> Words<V> for Single {
             match dtype {
                 DType::F32 => V::load(slots[0].cast::<f32>().add(d)),
                 DType::F16 => V::load_f16(slots[0].cast::<u16>().add(d)),
+                DType::Q8_0 => V::load_q8_0(slots[0], d),
                 _ => V::load_bf16(slots[0].cast::<u16>().add(d)),
             }
         }
@@ -468,7 +469,7 @@ mod x86 {
     }
 }
 
-/// `n <= LANES` elements from element `i` of the vector at `p`, zeros behind them.
+/// `n <= LANES` elements from element `i` of the vector at `p`, zeros behind them; of Q8_0 all `LANES`.
 ///
 /// # Safety
 /// They exist; the machine has V's instructions.
@@ -479,6 +480,10 @@ pub(super) unsafe fn load<V: Vector>(dtype: DType, p: *const u8, i: usize, n: us
         if dtype == DType::F32 {
             let p = p.cast::<f32>().add(i);
             return if n == V::LANES { V::load(p) } else { V::load_first(p, n) };
+        }
+        if dtype == DType::Q8_0 {
+            debug_assert_eq!(n, V::LANES, "whole blocks are whole registers");
+            return V::load_q8_0(p, i);
         }
         let mut p = p.cast::<u16>().add(i);
         let mut part = [0u16; 16];

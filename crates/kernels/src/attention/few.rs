@@ -7,9 +7,10 @@
 
 use super::Forward;
 use super::block::*;
-use super::forward::{Tile, empty, merge, score_factor, softmax, state_row};
+use super::forward::{Tile, Work, empty, merge};
 use super::problem::{Problem, Tensor};
 use crate::matmul::scratch::Scratch;
+use crate::mem::bytes_before;
 use crate::simd::{Vector, prefetch};
 use sparsam_dtype::DType;
 use std::ops::Range;
@@ -61,35 +62,20 @@ unsafe fn rows<V: Transpose, W: Words<V>, const M: usize>(
     chunks: Range<usize>,
     state: *mut f32,
 ) {
-    let (group, row) = (p.group(), state_row(p));
-    let width = row - UNIT;
-    let dim = p.dim / W::EACH; // words
-    let as_type = if W::EACH == 2 { DType::F32 } else { f.k.dtype };
-    let (factor, cap) = (score_factor(&p.scores), p.scores.softcap);
-    let scores_factor = (W::EACH == 2).then_some(factor);
+    let work = Work::of::<V, W>(f, p, tile);
+    let Work { row, width, dim, as_type, .. } = work;
     let mut words = Scratch::of::<f32>(M * (CHUNK + dim + row));
     let scores: *mut f32 = words.ptr();
     // SAFETY: the pieces follow each other within the scratch buffer; everything else is the caller's promise.
     unsafe {
         let q = scores.add(M * CHUNK);
         let more = q.add(M * dim);
-        let visible = |m: usize| &p.visible[tile.rows.start + m / group];
-        for m in 0..M {
-            let (i, h) = (tile.rows.start + m / group, tile.kv_head * group + m % group);
-            read_left::<V, W>(&f.q, i, h, p.dim, factor, q.add(m * dim));
-        }
+        work.read_queries::<V, W>(&f.q, M, q);
         empty(p, tile, state);
         for chunk in chunks {
             let start = chunk * CHUNK;
-            let inside = |x: usize| x.saturating_sub(start).min(CHUNK);
-            let (mut low, mut high) = (CHUNK, 0);
-            for m in 0..M {
-                let seen = visible(m);
-                if !seen.is_empty() {
-                    (low, high) = (low.min(inside(seen.start)), high.max(inside(seen.end)));
-                }
-            }
-            if low >= high {
+            let Range { start: low, end: high } = work.columns(0..M, start);
+            if low == high {
                 continue;
             }
             let mut slots = [0; CHUNK];
@@ -114,12 +100,7 @@ unsafe fn rows<V: Transpose, W: Words<V>, const M: usize>(
                 keys::<V, W, M>(as_type, &from, dim, q, scores.add(j));
             }
             for m in 0..M {
-                let s = scores.add(m * CHUNK);
-                let seen = inside(visible(m).start)..inside(visible(m).end);
-                let (max, sum) = softmax::<V>(s, whole.clone(), seen, scores_factor, cap);
-                W::narrow(s, whole.clone());
-                *more.add(m * row + width) = max;
-                *more.add(m * row + width + 1) = sum;
+                work.weigh::<V, W>(m, start, scores.add(m * CHUNK), whole.clone(), more.add(m * row));
             }
             let first = low / W::EACH;
             let seen = Seen {
@@ -149,7 +130,7 @@ unsafe fn rows<V: Transpose, W: Words<V>, const M: usize>(
 #[inline(always)]
 fn fetch(t: &Tensor, slot: usize, head: usize, width: usize) {
     let from = t.at(slot, head).cast_const();
-    for line in (0..width * t.dtype.block_bytes()).step_by(64) {
+    for line in (0..bytes_before(t.dtype, width)).step_by(64) {
         prefetch(from.wrapping_add(line));
     }
 }
@@ -180,6 +161,11 @@ unsafe fn keys<V: Transpose, W: Words<V>, const M: usize>(
                 DType::F16 => {
                     for i in 0..V::LANES {
                         rows[i] = V::load_f16(from[i].cast::<u16>().add(d));
+                    }
+                }
+                DType::Q8_0 => {
+                    for i in 0..V::LANES {
+                        rows[i] = V::load_q8_0(from[i], d);
                     }
                 }
                 _ => {

@@ -11,8 +11,8 @@
 //! against 0.1 GB for the operands and 11 times (8192 / 384, halved by causality) 50 MB of keys and values.
 
 use super::block::*;
-use super::problem::{Problem, Segment};
-use super::{Forward, Scores, few};
+use super::problem::{Problem, Segment, Tensor};
+use super::{Forward, few};
 use crate::matmul::scratch::Scratch;
 use crate::simd::{Vector, dispatch, math};
 use crate::{Context, Cpu};
@@ -106,13 +106,89 @@ pub(super) fn forward(ctx: &Context, f: &Forward, p: &Problem) {
 }
 
 /// Floats that a row's running result takes: the weighted values in whole units, then maximum and sum.
-pub(super) fn state_row(p: &Problem) -> usize {
+fn state_row(p: &Problem) -> usize {
     p.v_dim.next_multiple_of(UNIT) + UNIT
 }
 
-/// What makes scores of products: inputs of tanh, or scores in base 2.
-pub(super) fn score_factor(scores: &Scores) -> f32 {
-    scores.softcap.map_or(scores.scale * std::f32::consts::LOG2_E, |cap| scores.scale / cap)
+/// Sizes and factors of a tile, and what its rows have in common whether they are few or many. Row `m` is query head
+/// `m % group` of the tile's row `m / group`.
+pub(super) struct Work<'a> {
+    p: &'a Problem,
+    tile: &'a Tile<'a>,
+    /// Floats of a row's running result, and of these the weighted values.
+    pub row: usize,
+    pub width: usize,
+    /// Words of a key, and what they are read as.
+    pub dim: usize,
+    pub as_type: DType,
+    /// What makes scores of products: inputs of tanh, or scores in base 2. It is in the queries already, or comes late.
+    factor: f32,
+    late: bool,
+}
+
+impl<'a> Work<'a> {
+    #[inline(always)]
+    pub fn of<V: Vector, W: Words<V>>(f: &Forward, p: &'a Problem, tile: &'a Tile<'a>) -> Work<'a> {
+        let (row, s, pairs) = (state_row(p), &p.scores, W::EACH == 2);
+        let factor = s.softcap.map_or(s.scale * std::f32::consts::LOG2_E, |cap| s.scale / cap);
+        let as_type = if pairs { DType::F32 } else { f.k.dtype };
+        Work { p, tile, row, width: row - UNIT, dim: p.dim / W::EACH, as_type, factor, late: pairs }
+    }
+
+    /// Queries of the first `n` rows as left sides, `[n][dim]`.
+    ///
+    /// # Safety
+    /// As [`read_left`].
+    #[inline(always)]
+    pub unsafe fn read_queries<V: Vector, W: Words<V>>(&self, q: &Tensor, n: usize, to: *mut f32) {
+        let group = self.p.group();
+        for m in 0..n {
+            let (i, h) = (self.tile.rows.start + m / group, self.tile.kv_head * group + m % group);
+            // SAFETY: the caller's contract.
+            unsafe { read_left::<V, W>(q, i, h, self.p.dim, self.factor, to.add(m * self.dim)) };
+        }
+    }
+
+    /// Columns of the chunk from position `start` on that row `m` sees; empty if none.
+    #[inline(always)]
+    fn seen(&self, m: usize, start: usize) -> Range<usize> {
+        let r = &self.p.visible[self.tile.rows.start + m / self.p.group()];
+        let inside = |x: usize| x.saturating_sub(start).min(CHUNK);
+        inside(r.start)..inside(r.end)
+    }
+
+    /// From the first to the last column of the chunk that some of `rows` sees; empty if there is none.
+    #[inline(always)]
+    pub fn columns(&self, rows: Range<usize>, start: usize) -> Range<usize> {
+        let seen = rows.map(|m| self.seen(m, start)).filter(|r| !r.is_empty());
+        let (low, high) = seen.fold((CHUNK, 0), |(l, h), r| (l.min(r.start), h.max(r.end)));
+        low.min(high)..high
+    }
+
+    /// Turns the products `cols` of row `m` at `s` into weights in words, and puts their maximum and sum behind the
+    /// values of its result at `to`.
+    ///
+    /// # Safety
+    /// As [`softmax`]; `to` has `row` floats.
+    #[inline(always)]
+    pub unsafe fn weigh<V: Vector, W: Words<V>>(
+        &self,
+        m: usize,
+        start: usize,
+        s: *mut f32,
+        cols: Range<usize>,
+        to: *mut f32,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let factor = self.late.then_some(self.factor);
+            let seen = self.seen(m, start);
+            let (max, sum) = softmax::<V>(s, cols.clone(), seen, factor, self.p.scores.softcap);
+            W::narrow(s, cols);
+            *to.add(self.width) = max;
+            *to.add(self.width + 1) = sum;
+        }
+    }
 }
 
 /// No keys seen: maximum -inf, sum and values 0.
@@ -224,13 +300,9 @@ unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
     chunks: Range<usize>,
     state: *mut f32,
 ) {
-    let (group, row) = (p.group(), state_row(p));
-    let rows = tile.rows.len() * group;
-    let width = row - UNIT;
-    let dim = p.dim / W::EACH; // words
-    let as_type = if W::EACH == 2 { DType::F32 } else { f.k.dtype };
-    let (factor, cap) = (score_factor(&p.scores), p.scores.softcap);
-    let scores_factor = (W::EACH == 2).then_some(factor);
+    let work = Work::of::<V, W>(f, p, tile);
+    let Work { row, width, dim, as_type, .. } = work;
+    let rows = tile.rows.len() * p.group();
     let mut words = Scratch::of::<f32>(CHUNK * (dim + width + BLOCK) + rows * dim + BLOCK * row);
     let k: *mut f32 = words.ptr();
     // SAFETY: the pieces follow each other within the scratch buffer; everything else is `forward`'s promise.
@@ -239,23 +311,11 @@ unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
         let scores = v.add(CHUNK * width);
         let q = scores.add(CHUNK * BLOCK);
         let more = q.add(rows * dim);
-        let visible = |m: usize| &p.visible[tile.rows.start + m / group];
-        for m in 0..rows {
-            let (i, h) = (tile.rows.start + m / group, tile.kv_head * group + m % group);
-            read_left::<V, W>(&f.q, i, h, p.dim, factor, q.add(m * dim));
-        }
+        work.read_queries::<V, W>(&f.q, rows, q);
         empty(p, tile, state);
         for chunk in chunks {
             let start = chunk * CHUNK;
-            let inside = |x: usize| x.saturating_sub(start).min(CHUNK);
-            // Columns of the chunk that block `m ..` sees: some row sees the first and the last.
-            let union = |rows: Range<usize>| {
-                let seen = rows.map(visible).filter(|r| !r.is_empty());
-                let (low, high) =
-                    seen.fold((CHUNK, 0), |(l, h), r| (l.min(inside(r.start)), h.max(inside(r.end))));
-                low.min(high)..high
-            };
-            let all = union(0..rows);
+            let all = work.columns(0..rows, start);
             let first = all.start / PANEL * PANEL;
             let mut slots = [0; CHUNK];
             let slots = &mut slots[first..all.end.max(first)];
@@ -271,7 +331,7 @@ unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
             W::pack_right(&f.v, slots, tile.kv_head, p.v_dim, v.add(first / W::EACH * width));
             for m in (0..rows).step_by(BLOCK) {
                 let n = (rows - m).min(BLOCK);
-                let cols = union(m..m + n);
+                let cols = work.columns(m..m + n, start);
                 if cols.is_empty() {
                     continue;
                 }
@@ -288,12 +348,8 @@ unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
                     );
                 }
                 for i in 0..n {
-                    let seen = inside(visible(m + i).start)..inside(visible(m + i).end);
                     let s = scores.add(i * CHUNK);
-                    let (max, sum) = softmax::<V>(s, first..last, seen, scores_factor, cap);
-                    W::narrow(s, first..last);
-                    *more.add(i * row + width) = max;
-                    *more.add(i * row + width + 1) = sum;
+                    work.weigh::<V, W>(m + i, start, s, first..last, more.add(i * row));
                 }
                 // Words of keys; what else they hold has weight 0.
                 let keys = cols.start / W::EACH..cols.end.div_ceil(W::EACH);
@@ -313,12 +369,13 @@ unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
     }
 }
 
-/// Turns scores `cols` of a row, still to be multiplied by `factor`, into weights `2^(s - max)`, 0 outside `seen`; returns maximum and sum.
+/// Turns scores `cols` of a row, still to be multiplied by `factor`, into weights `2^(s - max)`, 0 outside `seen`; returns
+/// maximum and sum.
 ///
 /// # Safety
 /// `cols` are whole units of readable floats; the machine has V's instructions.
 #[inline(always)]
-pub(super) unsafe fn softmax<V: Vector>(
+unsafe fn softmax<V: Vector>(
     s: *mut f32,
     cols: Range<usize>,
     seen: Range<usize>,

@@ -1,7 +1,7 @@
 //! The door: views checked and resolved once, and for each row the range of keys that it sees.
 
 use super::{Packed, Paged, Scores};
-use crate::mem::Ptr;
+use crate::mem::{Ptr, bytes_before};
 use crate::{Error, Memory, View};
 use sparsam_dtype::{DType, bf16, f16};
 use std::ops::Range;
@@ -13,7 +13,7 @@ const OP: &str = "attention";
 pub(super) struct Tensor {
     ptr: Ptr,
     pub dtype: DType,
-    /// Elements between tokens and between heads.
+    /// Bytes between tokens and between heads.
     token: usize,
     head: usize,
 }
@@ -21,12 +21,13 @@ pub(super) struct Tensor {
 impl Tensor {
     pub(super) fn new(view: &View, ptr: Ptr) -> Tensor {
         let s = &view.layout.strides;
-        Tensor { ptr, dtype: view.dtype, token: s[0], head: s[1] }
+        let [token, head] = [s[0], s[1]].map(|stride| bytes_before(view.dtype, stride));
+        Tensor { ptr, dtype: view.dtype, token, head }
     }
 
     /// Address of element `[token, head, 0]`; the caller keeps both below the checked shape.
     pub(super) fn at(&self, token: usize, head: usize) -> *mut u8 {
-        self.ptr.0.wrapping_add((token * self.token + head * self.head) * self.dtype.block_bytes())
+        self.ptr.0.wrapping_add(token * self.token + head * self.head)
     }
 
     /// Fills `to` with the elements `[token, head, ..]` as f32.
@@ -160,12 +161,10 @@ impl Problem {
         if scores.softcap.is_some_and(|c| !(c > 0.0 && c.is_finite())) {
             return Err(wrong("the soft cap must be above 0 and finite"));
         }
-        for view in [q, k, v] {
-            check_rows(
-                view,
-                &[DType::F32, DType::F16, DType::BF16],
-                "F32, F16 or BF16 with contiguous heads",
-            )?;
+        const TYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
+        check_rows(q, &TYPES[..3], "F32, F16 or BF16 with contiguous heads")?;
+        for view in [k, v] {
+            check_rows(view, &TYPES, "F32, F16, BF16 or Q8_0 with contiguous heads")?;
         }
         Ok(Problem {
             n: qs[0],
@@ -191,6 +190,9 @@ impl Problem {
     /// Reads and checks where each row of a packed call finds its keys.
     pub(super) fn packed(mem: &mut Memory, a: &Packed, scores: &Scores) -> Result<Problem, Error> {
         let mut p = Problem::new(a.q, a.k, a.v, scores)?;
+        if a.k.dtype.is_block() {
+            return Err(Error::View { want: "keys in plain numbers", view: Box::new(a.k.clone()) });
+        }
         if a.k.layout.shape[0] != p.n {
             let what = format!("packed: {} rows of keys for {} rows", a.k.layout.shape[0], p.n);
             return Err(Error::Shape { op: OP, what });

@@ -75,19 +75,17 @@ pub(super) fn i32s(mem: &mut Memory, x: &[i32], shape: &[usize]) -> View {
 /// A tensor in wider rows than it needs, at an offset, so that strides and alignment are never trivial.
 pub(super) fn floats(mem: &mut Memory, dtype: DType, x: &[f32], shape: [usize; 3]) -> View {
     let mut view = View::contiguous(0, dtype, &shape);
-    view.layout.strides = vec![shape[1] * shape[2] + 3, shape[2], 1];
-    view.layout.offset = 1;
-    let size = dtype.block_bytes();
-    view.slab = mem.add_owned((view.layout.end() + shape[0] + 4) * size);
+    let block = dtype.block_len();
     let width = shape[1] * shape[2];
+    let pitch = width + 3 * block;
+    view.layout.strides = vec![pitch, shape[2], 1];
+    view.layout.offset = block;
+    let bytes = |n: usize| n / block * dtype.block_bytes();
+    view.slab = mem.add_owned(bytes(view.layout.end() + (shape[0] + 4) * block));
     for i in 0..shape[0] {
-        let at = (1 + i * (width + 3)) * size;
-        encode(
-            dtype,
-            &x[i * width..][..width],
-            &mut mem.bytes_mut(view.slab).unwrap()[at..at + width * size],
-        )
-        .unwrap();
+        let at = bytes(block + i * pitch);
+        let to = &mut mem.bytes_mut(view.slab).unwrap()[at..at + bytes(width)];
+        encode(dtype, &x[i * width..][..width], to).unwrap();
     }
     view
 }
@@ -120,7 +118,7 @@ impl Case {
         // What the type can hold, so that rounding the inputs is no error of the kernel.
         let mut make = |count: usize, size: f32| -> Vec<f32> {
             let x: Vec<f32> = rng.floats(count).into_iter().map(|x| x * size).collect();
-            let mut bytes = vec![0; count * dtype.block_bytes()];
+            let mut bytes = vec![0; dtype.bytes_for(count).unwrap()];
             encode(dtype, &x, &mut bytes).unwrap();
             let mut y = vec![0.0; count];
             sparsam_dtype::codec::decode(dtype, &bytes, &mut y).unwrap();
@@ -326,13 +324,41 @@ fn paged_equals_the_reference() {
     }
 }
 
+/// Keys and values in blocks of 8 bits give the same bits as what they decode to, which is held to the reference above.
+#[test]
+fn keys_in_blocks_equal_what_they_decode_to() {
+    let shapes = [[1, 1, 32, 32], [9, 3, 64, 64], [8, 2, 128, 96], [2, 1, 64, 32], [5, 1, 32, 64]];
+    for (s, shape) in shapes.into_iter().enumerate() {
+        for (page_size, sequences) in [
+            (1, &[(1, 1)][..]),
+            (16, &[(3, 2), (1, 1), (270, 1)]),
+            (7, &[(64, 64), (65, 33)]),
+            (512, &[(700, 1)]),
+        ] {
+            for window in [None, Some(40)] {
+                let scores = Scores { window, softcap: (s % 2 == 1).then_some(5.0), ..PLAIN };
+                let index = paged_index(sequences, page_size, s % 2, 5);
+                let blocks = Case::random(s as u64, shape, DType::Q8_0, index, scores);
+                let plain = Case { dtype: DType::F32, ..blocks.clone() };
+                for cpu in Cpu::all() {
+                    let ctx = Context::new(2, cpu);
+                    let (a, b) = (blocks.run(&ctx, 0..blocks.rows()), plain.run(&ctx, 0..plain.rows()));
+                    assert!(a == b, "{cpu}: {shape:?} {window:?}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn prompts_and_decoding_give_the_same_bits() {
     for cpu in Cpu::all() {
         let ctx = Context::new(2, cpu);
-        for (shape, dtype, window) in
-            [([9, 3, 64, 64], DType::F16, None), ([2, 2, 16, 16], DType::F32, Some(300))]
-        {
+        for (shape, dtype, window) in [
+            ([9, 3, 64, 64], DType::F16, None),
+            ([9, 3, 64, 64], DType::Q8_0, None),
+            ([2, 2, 16, 16], DType::F32, Some(300)),
+        ] {
             let index = paged_index(&[(600, 600), (280, 9), (5, 1)], 16, 1, 3);
             let case = Case::random(1, shape, dtype, index, Scores { window, ..PLAIN });
             let (out, lse) = case.run(&ctx, 0..case.rows());
@@ -394,6 +420,9 @@ fn bad_calls_are_refused() {
     refused(Paged { row_seq: &other, ..good }, "row 1: sequence 1 of a page table for 1");
     refused(Paged { page_table: &outside, ..good }, "sequence 0, page 1: id 4 of 4");
     refused(Paged { page_size: 3, ..good }, "want whole pages");
+    // 8 numbers are no whole block.
+    let blocks = View { dtype: DType::Q8_0, ..k.clone() };
+    refused(Paged { k: &blocks, v: &blocks, ..good }, "whole blocks");
     refused(Paged { positions: &page_table, ..good }, "positions has shape [1, 2], want [2]");
     refused(Paged { q: &out, ..good }, "overlaps");
 }

@@ -119,7 +119,7 @@ fn run(case: &Case, a: &[f32], b: &[f32], cpu: Cpu, threads: usize, precision: P
     let slab = mem.add_owned(vo.layout.end() * 4);
     mem.bytes_mut(slab).unwrap().fill(0x7f); // what is not written shows
     let vo = View { slab, ..vo };
-    matmul(&Context::new(threads, cpu), &mut mem, &vo, &va, &vb, precision).unwrap();
+    matmul(&Context::new(threads, cpu), &mut mem, &vo, &va, &vb, precision, Write::Set).unwrap();
     load(&mem, &vo)
 }
 
@@ -245,9 +245,9 @@ fn added_products_are_one_longer_product() {
                     (of(&va, 1), of(&vb, 0))
                 };
                 let ((a0, b0), (a1, b1)) = (part(0, first), part(first, k));
-                matmul(&ctx, &mut mem, &vo, &a0, &b0, precision).unwrap();
-                matmul_add(&ctx, &mut mem, &vo, &a1, &b1, precision).unwrap();
-                matmul_add(&ctx, &mut mem, &vo, &part(k, k).0, &part(k, k).1, precision).unwrap();
+                matmul(&ctx, &mut mem, &vo, &a0, &b0, precision, Write::Set).unwrap();
+                matmul(&ctx, &mut mem, &vo, &a1, &b1, precision, Write::Add).unwrap();
+                matmul(&ctx, &mut mem, &vo, &part(k, k).0, &part(k, k).1, precision, Write::Add).unwrap();
                 assert!(load(&mem, &vo) == whole, "{cpu} {precision:?} {how:?}");
             }
         }
@@ -267,7 +267,7 @@ fn batches_and_repeated_operands() {
         let va = View::contiguous(sa, DType::F32, &[batch, m, k]);
         let mut vb = View::contiguous(sb, DType::F32, &[1, k, n]);
         vb.layout = vb.layout.broadcast(&[batch, k, n]);
-        matmul(&ctx, &mut mem, &out, &va, &vb, Precision::F32).unwrap();
+        matmul(&ctx, &mut mem, &out, &va, &vb, Precision::F32, Write::Set).unwrap();
         let whole = Case { m: batch * m, k, n, types: [DType::F32; 2], how: [How::Rows; 3] };
         assert!(mem.f32(&out).unwrap() == run(&whole, &a, &b, cpu, 1, Precision::F32));
     }
@@ -279,7 +279,7 @@ fn wrong_operands_are_errors() {
     let mut mem = Memory::new();
     let s: Vec<usize> = (0..3).map(|_| mem.add_owned(4 * 64)).collect();
     let v = |i: usize, shape: &[usize]| View::contiguous(s[i], DType::F32, shape);
-    let mut go = |o: &View, a: &View, b: &View| matmul(&ctx, &mut mem, o, a, b, Precision::F32);
+    let mut go = |o: &View, a: &View, b: &View| matmul(&ctx, &mut mem, o, a, b, Precision::F32, Write::Set);
     assert!(go(&v(0, &[2, 4]), &v(1, &[2, 3]), &v(2, &[3, 4])).is_ok());
     assert!(matches!(go(&v(0, &[2, 4]), &v(1, &[2, 3]), &v(2, &[4, 4])), Err(Error::Shape { .. })));
     assert!(matches!(go(&v(0, &[4]), &v(1, &[3]), &v(2, &[3])), Err(Error::Shape { .. })));

@@ -147,4 +147,7 @@ pub(crate) trait Vector: Copy {
     /// From IEEE half floats.
     unsafe fn load_f16(p: *const u16) -> Self;
     unsafe fn store_f16(self, p: *mut u16);
+    /// Elements `i ..` of a row of Q8_0: blocks of a half float and 32 codes of 8 bits, which it multiplies. `i` is a
+    /// multiple of `LANES`, so that all are of one block.
+    unsafe fn load_q8_0(row: *const u8, i: usize) -> Self;
 }

@@ -238,4 +238,14 @@ impl Vector for Portable {
             unsafe { p.add(i).write_unaligned(f16::from_f32(self.0[i]).to_bits()) }
         }
     }
+    #[inline(always)]
+    unsafe fn load_q8_0(row: *const u8, i: usize) -> Self {
+        // SAFETY: the caller's contract: the block and, in it, the codes exist.
+        unsafe {
+            let block = row.add(i / 32 * 34);
+            let scale = f16::from_bits(block.cast::<u16>().read_unaligned()).to_f32();
+            let codes = block.add(2 + i % 32).cast::<[i8; N]>().read_unaligned();
+            Portable(codes.map(|code| scale * f32::from(code)))
+        }
+    }
 }

@@ -287,6 +287,16 @@ impl Vector for Avx2 {
         // SAFETY: the trait's contract.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
     }
+    #[inline(always)]
+    unsafe fn load_q8_0(row: *const u8, i: usize) -> Self {
+        // SAFETY: the trait's contract: the block and, in it, the codes exist.
+        unsafe {
+            let block = row.add(i / 32 * 34);
+            let scale = _mm256_cvtph_ps(_mm_set1_epi16(block.cast::<i16>().read_unaligned()));
+            let codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(block.add(2 + i % 32).cast()));
+            Avx2(_mm256_mul_ps(scale, _mm256_cvtepi32_ps(codes)))
+        }
+    }
 }
 
 // SAFETY of every block below: the trait's contract; the instructions are AVX-512 F, BW, DQ and VL.
@@ -546,5 +556,15 @@ impl Vector for Avx512 {
     unsafe fn store_f16(self, p: *mut u16) {
         // SAFETY: the trait's contract.
         unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn load_q8_0(row: *const u8, i: usize) -> Self {
+        // SAFETY: the trait's contract: the block and, in it, the codes exist.
+        unsafe {
+            let block = row.add(i / 32 * 34);
+            let scale = _mm512_cvtph_ps(_mm256_set1_epi16(block.cast::<i16>().read_unaligned()));
+            let codes = _mm512_cvtepi8_epi32(_mm_loadu_si128(block.add(2 + i % 32).cast()));
+            Avx512(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(codes)))
+        }
     }
 }

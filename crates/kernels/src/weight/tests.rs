@@ -117,7 +117,7 @@ fn f32_products_are_those_of_the_decoded_weight() {
                     let vb = View::contiguous(add_f32(&mut mem, &b), DType::F32, &[k, n]);
                     let vo = View::contiguous(mem.add_owned(4 * m * n), DType::F32, &[m, n]);
                     let ctx = Context::new(1, cpu);
-                    matmul::matmul(&ctx, &mut mem, &vo, &va, &vb, precision).unwrap();
+                    matmul::matmul(&ctx, &mut mem, &vo, &va, &vb, precision, matmul::Write::Set).unwrap();
                     assert!(got == mem.f32(&vo).unwrap(), "{dtype} {m} {n} {k} {cpu} {precision:?}");
                 }
             }
@@ -170,7 +170,7 @@ fn transposed_products() {
                         [0; 2].map(|_| View::contiguous(mem.add_owned(4 * m * k), DType::F32, &[m, k]));
                     let ctx = Context::new(2, cpu);
                     matmul_t(&ctx, &mut mem, &o, &va, &w, precision).unwrap();
-                    matmul::matmul(&ctx, &mut mem, &p, &va, &vb, precision).unwrap();
+                    matmul::matmul(&ctx, &mut mem, &p, &va, &vb, precision, matmul::Write::Set).unwrap();
                     let (o, p) = (mem.f32(&o).unwrap(), mem.f32(&p).unwrap());
                     assert!(o == p, "{dtype} {m} {n} {k} {cpu} {precision:?}");
                 }
