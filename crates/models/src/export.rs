@@ -171,6 +171,25 @@ struct Common<'a> {
     tied_head: bool,
 }
 
+/// Of a configuration (Llama's, Qwen's) whose fields have the names of [`Common`]'s.
+macro_rules! common {
+    ($c:expr, $architecture:expr, $class:expr) => {
+        Common {
+            architecture: $architecture,
+            class: $class,
+            vocab_size: $c.vocab_size,
+            hidden_size: $c.hidden_size,
+            intermediate_size: $c.intermediate_size,
+            n_layers: $c.n_layers,
+            heads: $c.heads,
+            rms_norm_eps: $c.rms_norm_eps,
+            context_length: $c.context_length,
+            rope: &$c.rope,
+            tied_head: $c.tied_head,
+        }
+    };
+}
+
 impl Common<'_> {
     fn json(&self) -> Map<String, Value> {
         object(json!({
@@ -231,20 +250,11 @@ fn llama_json(c: &llama::Config) -> Result<Map<String, Value>, Error> {
 }
 
 fn common_llama(c: &llama::Config) -> Common<'_> {
-    let mistral = c.sliding_window.is_some();
-    Common {
-        architecture: if mistral { "mistral" } else { "llama" },
-        class: if mistral { "MistralForCausalLM" } else { "LlamaForCausalLM" },
-        vocab_size: c.vocab_size,
-        hidden_size: c.hidden_size,
-        intermediate_size: c.intermediate_size,
-        n_layers: c.n_layers,
-        heads: c.heads,
-        rms_norm_eps: c.rms_norm_eps,
-        context_length: c.context_length,
-        rope: &c.rope,
-        tied_head: c.tied_head,
-    }
+    let (architecture, class) = match c.sliding_window {
+        Some(_) => ("mistral", "MistralForCausalLM"),
+        None => ("llama", "LlamaForCausalLM"),
+    };
+    common!(c, architecture, class)
 }
 
 /// What Qwen2 and Qwen3 have.
@@ -257,38 +267,14 @@ struct Qwen<'a> {
 
 impl<'a> From<&'a qwen2::Config> for Qwen<'a> {
     fn from(c: &'a qwen2::Config) -> Qwen<'a> {
-        let common = Common {
-            architecture: "qwen2",
-            class: "Qwen2ForCausalLM",
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            intermediate_size: c.intermediate_size,
-            n_layers: c.n_layers,
-            heads: c.heads,
-            rms_norm_eps: c.rms_norm_eps,
-            context_length: c.context_length,
-            rope: &c.rope,
-            tied_head: c.tied_head,
-        };
+        let common = common!(c, "qwen2", "Qwen2ForCausalLM");
         Qwen { common, windows: &c.windows, attention_bias: None }
     }
 }
 
 impl<'a> From<&'a qwen3::Config> for Qwen<'a> {
     fn from(c: &'a qwen3::Config) -> Qwen<'a> {
-        let common = Common {
-            architecture: "qwen3",
-            class: "Qwen3ForCausalLM",
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            intermediate_size: c.intermediate_size,
-            n_layers: c.n_layers,
-            heads: c.heads,
-            rms_norm_eps: c.rms_norm_eps,
-            context_length: c.context_length,
-            rope: &c.rope,
-            tied_head: c.tied_head,
-        };
+        let common = common!(c, "qwen3", "Qwen3ForCausalLM");
         Qwen { common, windows: &c.windows, attention_bias: Some(c.attention_bias) }
     }
 }
