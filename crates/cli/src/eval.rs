@@ -17,6 +17,7 @@ use std::time::Instant;
   sparsam eval model.gguf --perplexity wiki.txt --exact --json
   sparsam eval small.gguf model.gguf --perplexity wiki.txt         divergence of the first from the second
   sparsam eval small.gguf other.gguf                               what their passports say, if by one protocol
+  sparsam eval model.gguf --task cqa.jsonl --choices choices       by likelihood, as lm-evaluation-harness
   sparsam eval model.gguf --task sums.jsonl --answer-regex '#### (-?[0-9,.]+)'
   sparsam eval model.gguf --adapter runs/sums/adapter --task sums.jsonl --equation
 

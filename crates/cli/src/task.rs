@@ -1,10 +1,12 @@
-//! `sparsam eval --task`: the share of questions that a model answers right.
+//! `sparsam eval --task`: the share of questions that a model answers right, in its own words or among given choices.
+
+mod choices;
 
 use crate::load::{Load, positive};
 use crate::text;
 use anyhow::{Context, bail};
 use regex::Regex;
-use serde_json::json;
+use serde_json::{Value, json};
 use sparsam_engine::{Question, ask, equation};
 use std::io::{BufRead, BufReader};
 use std::ops::ControlFlow;
@@ -46,6 +48,17 @@ pub struct TaskArgs {
     /// Questions that are answered at a time
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 8, requires = "task")]
     at_once: usize,
+    /// Each line holds choices under this key: the one that the model holds likeliest is its answer, as in
+    /// lm-evaluation-harness (the right answer is a choice's text, its letter, or its number from 0)
+    #[arg(long, value_name = "KEY", requires = "task", conflicts_with_all = ["answer_regex", "equation"])]
+    choices: Option<String>,
+    /// What stands before a choice: {question}, {choices} for the list with letters, \n for a new line
+    /// [default: 'Question: {question}\nAnswer:']
+    #[arg(long, value_name = "TEXT", requires = "choices")]
+    template: Option<String>,
+    /// Measure the letters of the choices instead, which are listed before them
+    #[arg(long, requires = "choices")]
+    letters: bool,
     /// Print each question's answer and what was read in it
     #[arg(long, requires = "task")]
     show: bool,
@@ -53,6 +66,9 @@ pub struct TaskArgs {
 
 pub fn run(args: &TaskArgs, model: &str, load: &Load, json: bool) -> anyhow::Result<()> {
     let Some(file) = &args.task else { bail!("give --perplexity FILE or --task FILE") };
+    if let Some(key) = &args.choices {
+        return choices::run(args, file, key, model, load, json);
+    }
     let regex = match &args.answer_regex {
         Some(r) => {
             Some(regex::RegexBuilder::new(r).size_limit(REGEX_BYTES).build().context("--answer-regex")?)
@@ -91,9 +107,7 @@ pub fn run(args: &TaskArgs, model: &str, load: &Load, json: bool) -> anyhow::Res
     })?;
     bar.finish_and_clear();
     let (n, unread) = (answered.len(), answered.iter().filter(|a| a.read.is_none()).count());
-    let accuracy = right as f64 / n as f64;
-    // Of a share of n independent answers.
-    let error = (accuracy * (1.0 - accuracy) / n as f64).sqrt();
+    let (accuracy, error) = share(right, n);
     if json {
         let all: Vec<_> = answered
             .iter()
@@ -132,28 +146,42 @@ fn last_match(regex: &Regex, text: &str) -> Option<String> {
     found.get(1).or(found.get(0)).map(|m| m.as_str().to_string())
 }
 
+/// The share of `right` among `n` independent answers, and its standard error.
+fn share(right: usize, n: usize) -> (f64, f64) {
+    let share = right as f64 / n as f64;
+    (share, (share * (1.0 - share) / n as f64).sqrt())
+}
+
 fn read(file: &Path, fields: &[String]) -> anyhow::Result<Vec<Question>> {
     let [question, answer] = fields else { bail!("--fields wants two names: QUESTION,ANSWER") };
+    lines(file, |line| Ok(Question { prompt: text_of(line, question)?, answer: text_of(line, answer)? }))
+}
+
+/// Text or number `key` of a line.
+fn text_of(line: &Value, key: &str) -> anyhow::Result<String> {
+    match &line[key] {
+        Value::String(s) => Ok(s.clone()),
+        Value::Number(n) => Ok(n.to_string()),
+        _ => bail!("there is no text or number {key:?}; name the keys by --fields"),
+    }
+}
+
+/// What `take` makes of each line of JSON; errors tell file and line.
+fn lines<T>(file: &Path, take: impl Fn(&Value) -> anyhow::Result<T>) -> anyhow::Result<Vec<T>> {
     let open = std::fs::File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
-    let mut questions = Vec::new();
+    let mut all = Vec::new();
     for (i, line) in BufReader::new(open).lines().enumerate() {
         let at = || format!("{}: line {}", file.display(), i + 1);
         let line = line.with_context(at)?;
-        if line.trim().is_empty() {
-            continue;
+        if !line.trim().is_empty() {
+            let value = serde_json::from_str(&line).with_context(at)?;
+            all.push(take(&value).with_context(at)?);
         }
-        let value: serde_json::Value = serde_json::from_str(&line).with_context(at)?;
-        let text = |key: &str| match &value[key] {
-            serde_json::Value::String(s) => Ok(s.clone()),
-            serde_json::Value::Number(n) => Ok(n.to_string()),
-            _ => bail!("{}: there is no text or number {key:?}; name the keys by --fields", at()),
-        };
-        questions.push(Question { prompt: text(question)?, answer: text(answer)? });
     }
-    if questions.is_empty() {
+    if all.is_empty() {
         bail!("{}: holds no question; one JSON object a line is expected", file.display());
     }
-    Ok(questions)
+    Ok(all)
 }
 
 #[cfg(test)]

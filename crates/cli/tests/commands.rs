@@ -156,3 +156,28 @@ fn bench_attention_compares_both_forms() {
     fails(&["bench", "attention", "--seq", "0"], 2, "from 1 on");
     fails(&["bench"], 2, "MODEL");
 }
+
+#[test]
+fn eval_chooses_by_likelihood() {
+    let Some(model) = model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("choices.jsonl");
+    let lines = r#"{"question": "What is the capital of France?", "choices": ["Berlin", "Paris", "Rome"], "answer": "Paris"}
+{"question": "What colour is a clear sky?", "choices": ["green", "blue"], "answer": "B"}
+"#;
+    std::fs::write(&file, lines).unwrap();
+    let file = file.to_str().unwrap();
+    let args = ["eval", &model, "--task", file, "--choices", "choices", "--json", "--show"];
+    let json: Value = serde_json::from_str(&stdout(&sparsam(&args))).unwrap();
+    assert_eq!((&json["acc"], &json["questions"]), (&1.0.into(), &2.into()), "{json}");
+    assert_eq!(json["answers"][0]["took_acc_norm"], 1);
+    assert!((json["chance"].as_f64().unwrap() - 5.0 / 12.0).abs() < 1e-12);
+    let letters = stdout(&sparsam(&["eval", &model, "--task", file, "--choices", "choices", "--letters"]));
+    assert!(letters.contains("acc_norm") && letters.contains("{choices}"), "{letters}");
+
+    let args = ["eval", &model, "--task", file, "--choices"];
+    fails(&[&args[..], &["options"]].concat(), 1, "line 1");
+    fails(&[&args[..], &["choices", "--letters", "--template", "x"]].concat(), 1, "{choices}");
+    std::fs::write(file, lines.replace("\"Paris\"}", "\"Madrid\"}")).unwrap();
+    fails(&[&args[..], &["choices"]].concat(), 1, "\"Madrid\" is no choice's text, letter or number");
+}

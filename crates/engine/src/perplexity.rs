@@ -141,7 +141,7 @@ pub fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
 }
 
 /// Most logits that are held at once, in rows.
-const LOGIT_ROWS: usize = 64;
+pub(crate) const LOGIT_ROWS: usize = 64;
 
 /// Scores the text `tokens` (no special tokens added). `on_chunk` gets windows done, windows in all and the result so
 /// far after each window; it may end the run, which then gives what it has.
