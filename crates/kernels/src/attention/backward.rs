@@ -136,7 +136,7 @@ dispatch! {
 }
 
 #[inline(always)]
-unsafe fn single<V: Transpose>(t: &Task) {
+unsafe fn single<V: Registers>(t: &Task) {
     // SAFETY: the caller's contract.
     unsafe { task::<V, Single>(t) }
 }
@@ -160,7 +160,7 @@ unsafe fn run_task(cpu: Cpu, t: &Task) {
 }
 
 #[inline(always)]
-unsafe fn task<V: Transpose, W: Words<V>>(t: &Task) {
+unsafe fn task<V: Registers, W: Words<V>>(t: &Task) {
     let Task { b, p, deltas, kv_head, .. } = *t;
     let (rows, keys) = (t.rows.clone(), t.keys.clone());
     let group = p.group();

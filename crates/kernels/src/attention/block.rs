@@ -32,6 +32,27 @@ pub(super) const UNIT: usize = 16;
 /// One step of a product: words of A and B into an accumulator.
 pub(super) trait Product<V> {
     unsafe fn step(a: V, b: V, sum: V) -> V;
+
+    /// [`product`], a function of its own for each set of instructions: inlined into its callers it would be most of
+    /// the time that this crate takes to compile, for nothing, since a call is a thousand cycles of work.
+    unsafe fn product(rows: usize, steps: usize, units: usize, a: Left, b: Right, c: Target);
+}
+
+/// The method `product` over `$v` with words `$words`, compiled apart from its callers.
+macro_rules! outlined {
+    ($v:ty, $words:ty, $($features:tt)*) => {
+        #[inline(always)]
+        unsafe fn product(rows: usize, steps: usize, units: usize, a: Left, b: Right, c: Target) {
+            #[inline(never)]
+            $($features)*
+            unsafe fn apart(rows: usize, steps: usize, units: usize, a: Left, b: Right, c: Target) {
+                // SAFETY: the caller's contract.
+                unsafe { tall::<$v, $words>(rows, steps, units, a, b, c) }
+            }
+            // SAFETY: the caller's contract.
+            unsafe { apart(rows, steps, units, a, b, c) }
+        }
+    };
 }
 
 /// How numbers stand in words, beyond the step itself.
@@ -57,7 +78,7 @@ pub(super) trait Words<V>: Product<V> {
 /// Words are f32.
 pub(super) struct Single;
 
-impl<V: Vector> Words<V> for Single {
+impl<V: Registers> Words<V> for Single {
     const EACH: usize = 1;
 
     #[inline(always)]
@@ -107,6 +128,8 @@ mod pairs {
                 Avx512(_mm512_dpbf16_ps(sum.0, word(a), word(b)))
             }
         }
+
+        outlined!(Avx512, Pairs, #[target_feature(enable = "avx512f,avx512bf16,avx2,fma")]);
     }
 
     /// 16 bf16 from `first` in the low halves of words, 16 from `second` in the high ones.
@@ -217,11 +240,17 @@ pub(super) unsafe fn read_left<V: Vector, W: Words<V>>(
     }
 }
 
-impl<V: Vector> Product<V> for Single {
+impl<V: Registers> Product<V> for Single {
     #[inline(always)]
     unsafe fn step(a: V, b: V, sum: V) -> V {
         // SAFETY: the caller has V's instructions.
         unsafe { a.fma(b, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn product(rows: usize, steps: usize, units: usize, a: Left, b: Right, c: Target) {
+        // SAFETY: the caller's contract.
+        unsafe { V::product(rows, steps, units, a, b, c) }
     }
 }
 
@@ -254,7 +283,21 @@ pub(super) struct Target {
 /// # Safety
 /// All operands are in bounds for these sizes; the machine has V's and P's instructions.
 #[inline(always)]
-pub(super) unsafe fn product<V: Vector, P: Product<V>>(
+pub(super) unsafe fn product<V, P: Product<V>>(
+    rows: usize,
+    steps: usize,
+    units: usize,
+    a: Left,
+    b: Right,
+    c: Target,
+) {
+    // SAFETY: the caller's contract.
+    unsafe { P::product(rows, steps, units, a, b, c) }
+}
+
+/// What [`product`] does, to be inlined into the function that carries the instructions.
+#[inline(always)]
+unsafe fn tall<V: Vector, P: Product<V>>(
     rows: usize,
     steps: usize,
     units: usize,
@@ -382,13 +425,18 @@ const EXP2: [f32; 7] = [
     1.0,
 ];
 
-/// A square of registers turned over.
-pub(super) trait Transpose: Vector {
-    /// `LANES` rows of `LANES` columns, in place; registers beyond are not touched.
+/// What attention needs of a set of instructions beside [`Vector`].
+pub(super) trait Registers: Vector {
+    /// A square turned over: `LANES` rows of `LANES` columns, in place; registers beyond are not touched.
     unsafe fn transpose(rows: &mut [Self; 16]);
+
+    /// [`product`] of words of f32.
+    unsafe fn product(rows: usize, steps: usize, units: usize, a: Left, b: Right, c: Target);
 }
 
-impl Transpose for crate::simd::Portable {
+impl Registers for crate::simd::Portable {
+    outlined!(crate::simd::Portable, Single,);
+
     #[inline(always)]
     unsafe fn transpose(rows: &mut [Self; 16]) {
         let mut x = [[0.0f32; 4]; 4];
@@ -404,11 +452,13 @@ impl Transpose for crate::simd::Portable {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Transpose;
+    use super::*;
     use crate::simd::{Avx2, Avx512};
     use std::arch::x86_64::*;
 
-    impl Transpose for Avx2 {
+    impl Registers for Avx2 {
+        outlined!(Avx2, Single, #[target_feature(enable = "avx2,fma,f16c")]);
+
         #[inline(always)]
         unsafe fn transpose(rows: &mut [Self; 16]) {
             // SAFETY: the trait's contract.
@@ -435,7 +485,9 @@ mod x86 {
         }
     }
 
-    impl Transpose for Avx512 {
+    impl Registers for Avx512 {
+        outlined!(Avx512, Single, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]);
+
         #[inline(always)]
         unsafe fn transpose(rows: &mut [Self; 16]) {
             // SAFETY: the trait's contract.
@@ -503,7 +555,7 @@ pub(super) unsafe fn load<V: Vector>(dtype: DType, p: *const u8, i: usize, n: us
 /// # Safety
 /// `to` holds whole panels for all slots; slots and head lie within `t`; the machine has V's instructions.
 #[inline(always)]
-pub(super) unsafe fn pack_transposed<V: Transpose>(
+pub(super) unsafe fn pack_transposed<V: Registers>(
     (t, as_type): (&Tensor, DType),
     slots: &[usize],
     head: usize,

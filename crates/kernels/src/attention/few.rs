@@ -34,7 +34,7 @@ pub(super) fn takes(p: &Problem, tile: &Tile, each: usize) -> bool {
 /// # Safety
 /// As there; [`takes`] said yes.
 #[inline(always)]
-pub(super) unsafe fn tile<V: Transpose, W: Words<V>>(
+pub(super) unsafe fn tile<V: Registers, W: Words<V>>(
     f: &Forward,
     p: &Problem,
     tile: &Tile,
@@ -55,7 +55,7 @@ pub(super) unsafe fn tile<V: Transpose, W: Words<V>>(
 }
 
 #[inline(always)]
-unsafe fn rows<V: Transpose, W: Words<V>, const M: usize>(
+unsafe fn rows<V: Registers, W: Words<V>, const M: usize>(
     f: &Forward,
     p: &Problem,
     tile: &Tile,
@@ -140,7 +140,7 @@ fn fetch(t: &Tensor, slot: usize, head: usize, width: usize) {
 /// # Safety
 /// `from` are `LANES` keys of `dim` words, a multiple of [`UNIT`]; `q` is `[M][dim]`.
 #[inline(always)]
-unsafe fn keys<V: Transpose, W: Words<V>, const M: usize>(
+unsafe fn keys<V: Registers, W: Words<V>, const M: usize>(
     dtype: DType,
     from: &[*const u8; 16],
     dim: usize,

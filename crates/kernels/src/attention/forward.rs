@@ -224,7 +224,7 @@ dispatch! {
 }
 
 #[inline(always)]
-unsafe fn single<V: Transpose>(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
+unsafe fn single<V: Registers>(f: &Forward, p: &Problem, tile: &Tile, chunks: Range<usize>, state: *mut f32) {
     // SAFETY: the caller's contract.
     unsafe {
         match few::takes(p, tile, 1) {
@@ -293,7 +293,7 @@ pub(super) unsafe fn merge<V: Vector>(row: usize, state: *mut f32, more: *const 
 }
 
 #[inline(always)]
-unsafe fn tile_chunks<V: Transpose, W: Words<V>>(
+unsafe fn tile_chunks<V: Registers, W: Words<V>>(
     f: &Forward,
     p: &Problem,
     tile: &Tile,
