@@ -117,8 +117,8 @@ pub struct Args {
 #[derive(clap::Args)]
 #[group(required = true, multiple = false)]
 struct Goal {
-    /// A type of GGUF: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, or a mixture such as Q4_K_M; or
-    /// GPTQ2, GPTQ3, GPTQ4, GPTQ8: a folder in GPTQ's layout, as vLLM and transformers load it
+    /// A type of GGUF: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, or a mixture such as Q4_K_M; S2_64, S3_64,
+    /// S4_64: blocks of 64 that only sparsam reads; GPTQ2, GPTQ3, GPTQ4, GPTQ8: a folder in GPTQ's layout, as vLLM and transformers load it
     #[arg(long = "type", value_name = "TYPE")]
     type_name: Option<String>,
     /// The largest file, such as 80MB: bits go where measuring says that they matter

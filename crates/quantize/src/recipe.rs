@@ -83,6 +83,9 @@ pub const TYPES: [(&str, u32); 21] = [
     ("BF16", 32),
 ];
 
+/// The names of this project's own types, which have no number there.
+pub const OWN_TYPES: [&str; 3] = ["S2_64", "S3_64", "S4_64"];
+
 /// The number of `name` in `general.file_type`, and its spelling; `None` if there is no such type.
 pub fn file_type(name: &str) -> Option<(&'static str, u32)> {
     TYPES.into_iter().find(|(n, _)| n.eq_ignore_ascii_case(name))
@@ -93,8 +96,11 @@ pub fn file_type(name: &str) -> Option<(&'static str, u32)> {
 /// # Errors
 /// If there is no such type, or the model's weights do not fit its configuration.
 pub fn plan(model: &Model, source: &Source, name: &str) -> Result<Vec<TensorPlan>, Error> {
-    let (name, _) = file_type(name)
-        .ok_or_else(|| Error::Type { name: name.to_string(), known: TYPES.map(|(n, _)| n).join(", ") })?;
+    let all = || TYPES.into_iter().map(|(n, _)| n).chain(OWN_TYPES);
+    let known = || all().collect::<Vec<_>>().join(", ");
+    let name = all()
+        .find(|n| n.eq_ignore_ascii_case(name))
+        .ok_or_else(|| Error::Type { name: name.to_string(), known: known() })?;
     let facts = model.facts();
     let place = Place {
         n_layers: facts.n_layers(),
@@ -199,7 +205,7 @@ fn fitting(wanted: DType, cols: usize) -> DType {
     let mut dtype = wanted;
     if !cols.is_multiple_of(dtype.block_len()) {
         dtype = match dtype {
-            DType::Q2_K | DType::Q3_K => DType::Q4_0,
+            DType::Q2_K | DType::Q3_K | DType::S2_64 | DType::S3_64 | DType::S4_64 => DType::Q4_0,
             DType::IQ4_XS => DType::IQ4_NL,
             DType::Q4_K => DType::Q5_0,
             DType::Q5_K => DType::Q5_1,
@@ -307,6 +313,8 @@ mod tests {
             ("Q3_K_M", &[(Q4_0, 120), (Q5_0, 58), (Q4_K, 29), (Q5_1, 2), (Q5_K, 1), (Q8_0, 1)]),
             ("Q2_K", &[(Q4_0, 180), (Q3_K, 30), (Q8_0, 1)]),
             ("IQ4_XS", &[(IQ4_NL, 180), (IQ4_XS, 27), (Q5_K, 3), (Q8_0, 1)]),
+            // Not llama-quantize's: our own.
+            ("S3_64", &[(S3_64, 210), (Q8_0, 1)]),
         ] {
             let mut counts: BTreeMap<DType, usize> = BTreeMap::new();
             let mut count = |tensor: &str, cols: usize| {
