@@ -28,6 +28,9 @@ pub(super) fn tiles(cpu: Cpu, dtype: DType, format: Format) -> Option<Tiles> {
             DType::Q5_1 => Some(vnni_nibbles::<Q5_1>),
             DType::IQ4_NL => Some(vnni_nibbles::<IQ4_NL>),
             DType::Q8_0 => Some(vnni_q8),
+            DType::S4_64 => Some(vnni_s4),
+            DType::S3_64 => Some(vnni_s23::<true>),
+            DType::S2_64 => Some(vnni_s23::<false>),
             _ => None,
         };
         return Some(Tiles { strip: 6, panels: 2, signed: false, table, single });
@@ -238,6 +241,87 @@ unsafe fn vnni_q8(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
             let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(parts[0], parts[1]));
             let d = _mm512_set1_ps(*acts.d.at(b));
             acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), halves512(p), acc);
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_storeu_ps(out, acc) };
+}
+
+/// One row times a panel of S4_64: two blocks of nibbles under one scale.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn vnni_s4(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
+    let nibble = _mm512_set1_epi8(15);
+    let mut acc = _mm512_setzero_ps();
+    for b in 0..acts.blocks {
+        // SAFETY: the caller's promise: 64 columns take 32 + 512 bytes of the panel.
+        unsafe {
+            let p = panel.as_ptr().add(b / 2 * 544);
+            let codes = p.add(32 + b % 2 * 256);
+            let q = acts.codes.at(b * BLOCK).cast_const();
+            let mut low = _mm512_set1_epi32(*sums.start.at(b));
+            let mut high = _mm512_setzero_si512();
+            for quad in 0..4 {
+                let v = _mm512_loadu_si512(codes.add(quad * 64).cast());
+                let hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+                low = _mm512_dpbusd_epi32(low, _mm512_and_si512(v, nibble), quad512(q.add(quad * 4)));
+                high = _mm512_dpbusd_epi32(high, hi, quad512(q.add(16 + quad * 4)));
+            }
+            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(low, high));
+            let d = _mm512_set1_ps(*acts.d.at(b));
+            acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), halves512(p), acc);
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_storeu_ps(out, acc) };
+}
+
+/// One row times a panel of S3_64 (with `THIRD`) or S2_64: two bits of four times 16 columns in a byte.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn vnni_s23<const THIRD: bool>(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
+    let (head, size) = if THIRD { (32, 416) } else { (64, 320) };
+    let (three, four) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
+    // Byte 0 of each row's 32 third bits in the four bytes of its lane, and the bits of four columns.
+    let lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    let bits = [_mm512_set1_epi32(0x0804_0201), _mm512_set1_epi32(0x8040_2010u32 as i32)];
+    let mut acc = _mm512_setzero_ps();
+    for g in 0..acts.blocks / 2 {
+        // SAFETY: the caller's promise: 64 columns take `size` bytes of the panel.
+        unsafe {
+            let p = panel.as_ptr().add(g * size);
+            let q = acts.codes.at(g * 2 * BLOCK).cast_const();
+            let mut sum =
+                [0, 1].map(|h| [_mm512_set1_epi32(*sums.start.at(2 * g + h)), _mm512_setzero_si512()]);
+            let thirds = [0, 64]
+                .map(|at| if THIRD { _mm512_loadu_si512(p.add(head + 256 + at).cast()) } else { three });
+            for quad in 0..4 {
+                let mut v = _mm512_loadu_si512(p.add(head + quad * 64).cast());
+                for i in 0..4 {
+                    let (h, part) = (i / 2, i % 2);
+                    let mut code = _mm512_and_si512(v, three);
+                    if THIRD {
+                        let byte = _mm512_set1_epi8((quad / 2 + part * 2) as i8);
+                        let byte = _mm512_shuffle_epi8(thirds[h], _mm512_add_epi8(lanes, byte));
+                        let set = _mm512_test_epi8_mask(byte, bits[quad % 2]);
+                        code = _mm512_mask_add_epi8(code, set, code, four);
+                    }
+                    let q = quad512(q.add(i * 16 + quad * 4));
+                    sum[h][part] = _mm512_dpbusd_epi32(sum[h][part], code, q);
+                    v = _mm512_srli_epi16(v, 2);
+                }
+            }
+            let dw = halves512(p);
+            for (h, [a, b]) in sum.into_iter().enumerate() {
+                let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(a, b));
+                let d = _mm512_set1_ps(*acts.d.at(2 * g + h));
+                acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), dw, acc);
+                if !THIRD {
+                    acc = _mm512_fmadd_ps(
+                        _mm512_set1_ps(*sums.scaled.at(2 * g + h)),
+                        halves512(p.add(32)),
+                        acc,
+                    );
+                }
+            }
         }
     }
     // SAFETY: the caller's promise.

@@ -29,6 +29,9 @@ pub(super) unsafe fn unpack(dtype: DType, panel: &[u8], blocks: usize, out: &Pan
             DType::Q3_K => q3_k(p, blocks, out),
             DType::Q6_K => q6_k(p, blocks, out),
             DType::IQ4_XS => iq4_xs(p, blocks, out, signed),
+            DType::S4_64 => s4(p, blocks, out),
+            DType::S3_64 => s23::<true>(p, blocks, out),
+            DType::S2_64 => s23::<false>(p, blocks, out),
             _ => return false,
         }
     }
@@ -300,6 +303,66 @@ fn two_bits(v: __m256i) -> [__m256i; 4] {
         _mm256_and_si256(_mm256_srli_epi16(v, 4), three),
         _mm256_and_si256(_mm256_srli_epi16(v, 6), three),
     ]
+}
+
+/// S4_64: scales, and codes as two blocks of Q4_0 have them.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn s4(panel: *const u8, blocks: usize, out: &Panel) {
+    for b in 0..blocks {
+        // SAFETY: the caller's promise: a block takes 32 + 512 bytes and makes 2 of 32 columns.
+        unsafe {
+            let p = panel.add(b / 2 * 544);
+            put_halves(p, out.d.add(b * PANEL));
+            for i in 0..8 {
+                let v = load(p.add(32 + b % 2 * 256 + i * 32));
+                put(out, b, i / 2, i % 2, low(v));
+                put(out, b, i / 2 + 4, i % 2, high(v));
+            }
+        }
+    }
+}
+
+/// S3_64 (with `THIRD`: scales, two bits (256), third bits (128)) or S2_64 (scales, minima, two bits).
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn s23<const THIRD: bool>(panel: *const u8, blocks: usize, out: &Panel) {
+    let (head, size) = if THIRD { (32, 416) } else { (64, 320) };
+    // Four columns take four bits: the low ones of a byte, or the high ones.
+    let bits = [_mm256_set1_epi32(0x0804_0201), _mm256_set1_epi32(0x8040_2010u32 as i32)];
+    let lanes =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    for g in 0..blocks / 2 {
+        // SAFETY: the caller's promise: a block takes `size` bytes and makes 2 of 32 columns.
+        unsafe {
+            let p = panel.add(g * size);
+            for b in 2 * g..2 * g + 2 {
+                put_halves(p, out.d.add(b * PANEL));
+                if !THIRD {
+                    put_halves(p.add(32), out.m.add(b * PANEL));
+                }
+            }
+            for half in 0..2 {
+                let thirds = if THIRD {
+                    [0, 1].map(|h| load(p.add(head + 256 + h * 64 + half * 32)))
+                } else {
+                    [_mm256_setzero_si256(); 2]
+                };
+                for quad in 0..4 {
+                    let v = load(p.add(head + quad * 64 + half * 32));
+                    for (i, two) in two_bits(v).into_iter().enumerate() {
+                        let (h, quad) = (i / 2, quad + i % 2 * 4);
+                        let code = if THIRD {
+                            let at = _mm256_add_epi8(lanes, _mm256_set1_epi8((quad / 2) as i8));
+                            let byte = _mm256_shuffle_epi8(thirds[h], at);
+                            _mm256_or_si256(two, _mm256_srli_epi16(fifth(byte, bits[quad % 2]), 2))
+                        } else {
+                            two
+                        };
+                        put(out, 2 * g + h, quad, half, code);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Q3_K: third bits (512), two bits (1024), 12 bytes of scales (192), their scale (32).
