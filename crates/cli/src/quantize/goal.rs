@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn the_divergence_is_met_though_expectations_are_off() {
         let choices = choices();
-        for goal in [2.0, 10.0, 40.0] {
+        for goal in [2.5, 10.0, 40.0] {
             let mut seen = Vec::new();
             let chosen = for_divergence(goal, &choices, &mut |c| {
                 seen.push(3.0 * sums(&choices, c).1);
