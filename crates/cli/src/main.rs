@@ -10,6 +10,7 @@ mod builtin;
 mod completions;
 mod convert;
 mod dashboard;
+mod demo;
 mod distill;
 mod doctor;
 mod eval;
@@ -59,6 +60,7 @@ enum Command {
     Plan(plan::Args),
     Receipt(receipt::Args),
     Dashboard(dashboard::Args),
+    Demo(demo::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Receipt(args) => receipt::run(args),
         Command::Dashboard(args) => dashboard::run(args),
+        Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),
