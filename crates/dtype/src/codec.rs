@@ -4,8 +4,9 @@
 //! (held to it by golden files, `scripts/goldens/formats_codec.py`). [`encode`] rounds to the nearest code. This is
 //! the plain meaning, block by block and scalar; fast kernels are held to it elsewhere.
 //!
-//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`], this project's own of 64 in [`mod@own`]; [`blocks()`] takes them apart into scales and
-//! codes, for who chooses the codes himself. All multi-byte fields are little endian.
+//! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`], this project's own of 64 in [`mod@own`],
+//! QLoRA's in [`mod@nf4`], whose blocks share scales over a whole matrix; [`blocks()`] takes the others apart into scales
+//! and codes, for who chooses the codes himself. All multi-byte fields are little endian.
 
 use crate::{DType, bf16, f16};
 use half::slice::HalfFloatSliceExt;
@@ -13,6 +14,7 @@ use half::slice::HalfFloatSliceExt;
 pub mod blocks;
 mod fit;
 pub mod large;
+pub mod nf4;
 pub mod own;
 pub mod small;
 
@@ -101,6 +103,7 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), CodecEr
         S2_64 => blocks(bytes, out, own::decode_s2_64),
         S3_64 => blocks(bytes, out, own::decode_s3_64),
         S4_64 => blocks(bytes, out, own::decode_s4_64),
+        NF4 => nf4::decode(bytes, out),
         I8 | I16 | I32 | I64 | U8 => return Err(CodecError::NotFloat { dtype }),
     }
     Ok(())
@@ -141,6 +144,7 @@ pub fn encode(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<(), CodecError>
         S2_64 => blocks_mut(x, out, own::encode_s2_64),
         S3_64 => blocks_mut(x, out, own::encode_s3_64),
         S4_64 => blocks_mut(x, out, own::encode_s4_64),
+        NF4 => nf4::encode(x, out),
         I8 | I16 | I32 | I64 | U8 => return Err(CodecError::NotFloat { dtype }),
     }
     Ok(())

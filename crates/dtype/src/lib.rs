@@ -60,15 +60,18 @@ pub enum DType {
     S3_64,
     /// 64 weights: f16 scale, 4-bit codes; `d * (code - 8)`.
     S4_64,
+    /// 64 weights: 4-bit indices into the levels of QLoRA's NF4, an 8-bit scale; the scales of a whole matrix are rounded
+    /// together ([`mod@codec::nf4`]). In memory only: no file holds it.
+    NF4,
 }
 
 impl DType {
     /// Every type, in the order of declaration.
-    pub const ALL: [DType; 26] = {
+    pub const ALL: [DType; 27] = {
         use DType::*;
         [
             F32, F16, BF16, F64, I8, I16, I32, I64, U8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1, Q2_K, Q3_K, Q4_K,
-            Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS, S2_64, S3_64, S4_64,
+            Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS, S2_64, S3_64, S4_64, NF4,
         ]
     };
 
@@ -78,12 +81,12 @@ impl DType {
         match self {
             F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q8_1 | IQ4_NL => 32,
-            S2_64 | S3_64 | S4_64 => 64,
+            S2_64 | S3_64 | S4_64 | NF4 => 64,
             Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | Q8_K | IQ4_XS => 256,
         }
     }
 
-    /// Bytes of one block (of one element for plain numbers).
+    /// Bytes of one block (of one element for plain numbers); of [`DType::NF4`] without what its blocks share.
     pub const fn block_bytes(self) -> usize {
         use DType::*;
         match self {
@@ -107,13 +110,18 @@ impl DType {
             S2_64 => 20,
             S3_64 => 26,
             S4_64 => 34,
+            NF4 => 33,
         }
     }
 
-    /// Bytes of `n` consecutive elements, or `None` if `n` is no whole number of blocks or the count overflows.
+    /// Bytes of `n` consecutive elements, or `None` if `n` is no whole number of blocks or the count overflows. Of
+    /// [`DType::NF4`], of a whole matrix of `n`.
     pub const fn bytes_for(self, n: usize) -> Option<usize> {
         if !n.is_multiple_of(self.block_len()) {
             return None;
+        }
+        if matches!(self, DType::NF4) {
+            return codec::nf4::bytes_for(n);
         }
         (n / self.block_len()).checked_mul(self.block_bytes())
     }
@@ -135,6 +143,9 @@ impl DType {
 
     /// Stored bits per element, scales included: 4.5 for `Q4_0`.
     pub const fn bits(self) -> f64 {
+        if matches!(self, DType::NF4) {
+            return 4.0 + 8.0 / 64.0 + 32.0 / (64.0 * 256.0);
+        }
         (self.block_bytes() * 8) as f64 / self.block_len() as f64
     }
 
@@ -168,6 +179,7 @@ impl DType {
             S2_64 => "S2_64",
             S3_64 => "S3_64",
             S4_64 => "S4_64",
+            NF4 => "NF4",
         }
     }
 

@@ -214,7 +214,8 @@ fn encode(to: DType, x: &[f32], out: &mut [u8]) -> Result<(), codec::CodecError>
     /// Elements of one piece: a multiple of every block, a few milliseconds of work, so that a thread pays off.
     const PIECE: usize = 1 << 16;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    if x.len() <= PIECE || threads == 1 {
+    // The scales of NF4 are rounded over a whole matrix.
+    if x.len() <= PIECE || threads == 1 || to == DType::NF4 {
         return codec::encode(to, x, out);
     }
     let piece = x.len().div_ceil(threads).next_multiple_of(PIECE);

@@ -11,6 +11,7 @@ mod float;
 mod int8;
 #[cfg(target_arch = "x86_64")]
 mod int8_x86;
+mod nf4;
 mod panel;
 mod unpack;
 #[cfg(target_arch = "x86_64")]
@@ -20,7 +21,7 @@ use crate::matmul::pack::Lanes;
 use crate::matmul::tile::PANEL;
 use crate::matmul::{self, Out, Product, check_float, check_out};
 use crate::mem::Ptr;
-use crate::{AlignedBytes, Context, Error, Memory, Pages, Precision, View};
+use crate::{AlignedBytes, Context, Cpu, Error, Memory, Pages, Precision, View};
 use sparsam_dtype::{DType, codec};
 
 /// Matrices of at least this many bytes are packed by several threads: starting one costs as much as packing some
@@ -34,6 +35,8 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     data: AlignedBytes,
+    /// What the blocks of an NF4 matrix share; empty otherwise.
+    shared: nf4::Shared,
 }
 
 impl std::fmt::Debug for Weight {
@@ -76,6 +79,9 @@ impl Weight {
         bytes: &[u8],
     ) -> Result<Weight, Error> {
         let refuse = |what: String| Err(Error::Shape { op: "weight", what });
+        if dtype == DType::NF4 {
+            return nf4::pack(zeroed, rows, cols, bytes);
+        }
         if !codec::can_decode(dtype) {
             return refuse(format!("{dtype} holds no weights; pass a float or block type"));
         }
@@ -118,7 +124,7 @@ impl Weight {
                 });
             }
         }
-        Ok(Weight { dtype, rows, cols, data })
+        Ok(Weight { dtype, rows, cols, data, shared: nf4::Shared::default() })
     }
 
     /// The format of its elements.
@@ -138,7 +144,7 @@ impl Weight {
 
     /// Bytes of memory that it holds.
     pub fn bytes(&self) -> usize {
-        self.data.len()
+        self.data.len() + self.shared.bytes()
     }
 
     fn panels(&self) -> usize {
@@ -167,9 +173,25 @@ impl Weight {
             return Err(Error::Shape { op: "decode_rows", what });
         }
         for (row, out) in (first..).zip(out.chunks_mut(self.cols.max(1))) {
-            panel::decode_row(self.dtype, self.panel_from(row / PANEL, 0), row % PANEL, out);
+            self.decode_row(row, out);
         }
         Ok(())
+    }
+
+    /// Decodes a row that there is.
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
+        match self.dtype {
+            DType::NF4 => nf4::decode_row(self, row, out),
+            other => panel::decode_row(other, self.panel_from(row / PANEL, 0), row % PANEL, out),
+        }
+    }
+
+    /// Decodes `kc` columns from `k0`, the first of a group, of all rows of a panel into `[kc][16]`.
+    fn decode_panel(&self, cpu: Cpu, panel: usize, k0: usize, kc: usize, out: &mut [f32]) {
+        match self.dtype {
+            DType::NF4 => nf4::decode(self, cpu, panel, k0, &mut out[..kc * PANEL]),
+            other => panel::decode(cpu, other, self.panel_from(panel, k0), kc, out),
+        }
     }
 }
 
@@ -308,7 +330,7 @@ pub fn gather(ctx: &Context, mem: &mut Memory, out: &View, rows: &View, w: &Weig
     matmul::tasks(ctx.pool(), r * k > matmul::SERIAL / 8, r.div_ceil(per_task), |t| {
         let mut buffer = vec![0.0; k];
         for i in t * per_task..r.min((t + 1) * per_task) {
-            panel::decode_row(w.dtype, w.panel_from(wanted[i] / PANEL, 0), wanted[i] % PANEL, &mut buffer);
+            w.decode_row(wanted[i], &mut buffer);
             for (j, &v) in buffer.iter().enumerate() {
                 // SAFETY: the output has `r` x `k` elements, each its own; row `i` belongs to this task.
                 unsafe { *out.at(i, j) = v };

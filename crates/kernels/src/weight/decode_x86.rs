@@ -5,6 +5,7 @@ use super::unpack_x86;
 use crate::matmul::scratch::Scratch;
 use crate::matmul::tile::PANEL;
 use sparsam_dtype::DType;
+use sparsam_dtype::codec::nf4::LEVELS;
 use std::arch::x86_64::*;
 
 /// Decodes as [`super::panel::decode`], which checks the lengths; `false` if there is no version for the format.
@@ -156,6 +157,38 @@ unsafe fn q8_0(panel: &[u8], kc: usize, out: &mut [f32]) {
                     let y = _mm256_mul_ps(_mm256_cvtepi32_ps(x), d[half]);
                     _mm256_storeu_ps(o.add((quad * 4 + t) * PANEL + half * 8), y);
                 });
+            }
+        }
+    }
+}
+
+/// A block of NF4, 64 columns of 16 rows: the levels' two halves are looked up by a code's low bits, its top bit chooses.
+///
+/// The caller has checked that the machine has AVX2, FMA and F16C.
+pub(super) fn nf4(codes: &[u8; 512], scales: &[f32; PANEL], out: &mut [f32; 64 * PANEL]) {
+    // SAFETY: the lengths are those of the types; the instructions are the caller's care.
+    unsafe { nf4_avx2(codes, scales, out) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn nf4_avx2(codes: &[u8; 512], scales: &[f32; PANEL], out: &mut [f32; 64 * PANEL]) {
+    // SAFETY: two times 8 levels, 16 scales; 8 units of 64 codes, 8 results for each byte of 8 rows and each half of it.
+    unsafe {
+        let levels = [0, 8].map(|i| _mm256_loadu_ps(LEVELS.as_ptr().add(i)));
+        for (half, scale) in [0, 8].map(|i| _mm256_loadu_ps(scales.as_ptr().add(i))).into_iter().enumerate() {
+            for unit in 0..8 {
+                let mut v = _mm256_loadu_si256(codes.as_ptr().add(unit * 64 + half * 32).cast());
+                for byte in 0..4 {
+                    // The first of two columns is in the high half.
+                    for (side, index) in [_mm256_srli_epi32(v, 4), v].into_iter().enumerate() {
+                        let [low, high] = levels.map(|l| _mm256_permutevar8x32_ps(l, index));
+                        let top = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+                        let y = _mm256_mul_ps(_mm256_blendv_ps(low, high, top), scale);
+                        let column = unit * 8 + byte * 2 + side;
+                        _mm256_storeu_ps(out.as_mut_ptr().add(column * PANEL + half * 8), y);
+                    }
+                    v = _mm256_srli_epi32(v, 8);
+                }
             }
         }
     }

@@ -3,7 +3,7 @@
 //!
 //! Same blocks of K, same chains: row by row the same bits as [`crate::matmul::matmul`] with the decoded weight.
 
-use super::{Target, panel};
+use super::Target;
 use crate::Cpu;
 use crate::Pool;
 use crate::matmul::pack::{Lanes, Packing, Words, pack};
@@ -114,7 +114,7 @@ impl Float<'_> {
                     let out = if f32s { to } else { decoded.ptr() };
                     // SAFETY: both buffers have room for `kc` elements of 16 rows.
                     let out = unsafe { std::slice::from_raw_parts_mut(out, kc * PANEL) };
-                    panel::decode(self.cpu, w.dtype(), w.panel_from(first + p, k0), kc, out);
+                    w.decode_panel(self.cpu, first + p, k0, kc, out);
                     if !f32s {
                         let src = Lanes { ptr: out.as_ptr().cast(), dtype: DType::F32, lane: 1, k: PANEL };
                         // SAFETY: as above.
@@ -160,7 +160,7 @@ impl Right for Transposed<'_> {
         let w = self.weight;
         let mut scratch = Scratch::of::<f32>(nc * PANEL);
         let rows: &mut [f32] = &mut bytemuck::cast_slice_mut(scratch.bytes_mut())[..nc * PANEL];
-        panel::decode(self.cpu, w.dtype(), w.panel_from(k0 / PANEL + task, n0), nc, rows);
+        w.decode_panel(self.cpu, k0 / PANEL + task, n0, nc, rows);
         let steps = packing.steps(kc);
         let first = task * PANEL; // even: pairs never straddle tasks
         for j in (0..nc).step_by(PANEL) {

@@ -36,6 +36,8 @@ pub(super) const fn fields(dtype: DType) -> &'static [(usize, usize)] {
         S2_64 => &[(2, 2), (2, 2), (16, 4)],
         S3_64 => &[(2, 2), (16, 4), (8, 4)],
         S4_64 => &[(2, 2), (32, 4)],
+        // What blocks share lies apart: `super::nf4`.
+        NF4 => &[(1, 1), (32, 4)],
         I8 | I16 | I32 | I64 | U8 => &[],
     }
 }

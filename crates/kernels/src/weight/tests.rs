@@ -87,7 +87,7 @@ fn packing_loses_nothing() {
             for cpu in Cpu::all() {
                 for p in 0..w.panels() {
                     let mut out = vec![0.0; cols * PANEL];
-                    panel::decode(cpu, dtype, w.panel_from(p, 0), cols, &mut out);
+                    w.decode_panel(cpu, p, 0, cols, &mut out);
                     for (i, &v) in out.iter().enumerate() {
                         let (k, row) = (i / PANEL, p * PANEL + i % PANEL);
                         let want = if row < rows { decoded[row * cols + k] } else { 0.0 };
