@@ -1,8 +1,10 @@
 """Goldens of low-rank adapters by peft, into crates/train/tests/golden/lora/.
 
 tiny/      a random Llama, an adapter of it as peft saves it, and the logits of both together
+smollm2.json   SmolLM2-135M-Instruct (dequantised to f32): tokens and masks of a few dialogues, and the losses of 20 steps
+               from adapters that a formula fills, so that they need no file
 
-Usage: lora.py    (torch, transformers, peft, safetensors)
+Usage: lora.py MODEL.gguf    (torch, transformers, peft, gguf, safetensors)
 """
 import json
 import math
@@ -16,7 +18,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 OUT = os.path.join(os.path.dirname(__file__), "../../crates/train/tests/golden/lora")
-ALPHA = 8
+STEPS, LR, RANK, ALPHA = 20, 2e-3, 4, 8
+DIALOGUES = [
+    ("What is 7 + 5?", "7 + 5 = 12."),
+    ("Name a colour of the sky.", "Blue, and at dusk red."),
+    ("What is 9 - 4?", "9 - 4 = 5."),
+    ("Say something short.", "Brevity is the soul of wit."),
+    ("What is 3 * 6?", "3 * 6 = 18."),
+    ("Who wrote Hamlet?", "William Shakespeare did, about 1600."),
+]
 
 
 def adapt(model, rank, **more):
@@ -61,6 +71,51 @@ def fill(name, shape, index):
     return (2 * u / math.sqrt(shape[1])).float().reshape(shape)
 
 
+def smollm2(path):
+    where, file = os.path.split(os.path.abspath(path))
+    tok = AutoTokenizer.from_pretrained(where, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+    model = adapt(model, RANK).train()
+    modules = sorted({n.split(".lora_")[0] for n, _ in model.named_parameters() if "lora_" in n})
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    for name, p in parameters:
+        p.data.copy_(fill(name, tuple(p.shape), modules.index(name.split(".lora_")[0])))
+    examples = []
+    for question, answer in DIALOGUES:
+        user = [{"role": "user", "content": question}]
+        prompt = tok.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        whole = tok.apply_chat_template(user + [{"role": "assistant", "content": answer}], tokenize=False).rstrip("\n")
+        assert whole.startswith(prompt)
+        encode = lambda text: tok(text, add_special_tokens=False)["input_ids"]
+        a, b = encode(prompt), encode(whole[len(prompt):])
+        assert encode(whole) == a + b
+        examples.append((a + b, len(a)))
+    opt = torch.optim.AdamW([p for _, p in parameters], lr=LR, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = [examples[(2 * step + j) % len(examples)] for j in range(2)]
+        width = max(len(t) for t, _ in batch)
+        x = torch.zeros(len(batch), width, dtype=torch.long)
+        y = torch.full((len(batch), width), -100)
+        m = torch.zeros(len(batch), width, dtype=torch.long)
+        for j, (t, n) in enumerate(batch):
+            x[j, :len(t)] = torch.tensor(t)
+            y[j, n:len(t)] = torch.tensor(t[n:])
+            m[j, :len(t)] = 1
+        loss = model(input_ids=x, attention_mask=m, labels=y).loss
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+        print(step, loss.item(), flush=True)
+    with open(os.path.join(OUT, "smollm2.json"), "w") as f:
+        json.dump({"rank": RANK, "alpha": ALPHA, "lr": LR, "losses": losses,
+                   "dialogues": [{"question": q, "answer": a, "tokens": t, "prompt": n}
+                                 for (q, a), (t, n) in zip(DIALOGUES, examples)]}, f, indent=1)
+        f.write("\n")
+
+
 if __name__ == "__main__":
     os.makedirs(OUT, exist_ok=True)
     tiny()
+    smollm2(sys.argv[1])

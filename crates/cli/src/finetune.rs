@@ -5,9 +5,8 @@ use crate::ledger::Ledger;
 use crate::{model, probe, text, train};
 use anyhow::bail;
 use clap::ValueEnum;
-use sparsam_plan::units;
 use sparsam_train::Run;
-use sparsam_train::config::Config;
+use sparsam_train::config::{Compute, Config};
 use sparsam_train::dialogue::{self, LossOn};
 use sparsam_train::lora::{FinetuneConfig, Method};
 use std::path::PathBuf;
@@ -62,7 +61,7 @@ pub struct Args {
 enum MethodName {
     /// Low-rank adapters over the weights as the file holds them
     Lora,
-    /// Low-rank adapters over linear layers rounded to 4 bits (IQ4_NL, or as --base-type says)
+    /// Low-rank adapters over linear layers rounded to 4 bits (NF4 with double quantisation, or as --base-type says)
     Qlora,
     /// All weights
     Full,
@@ -94,6 +93,9 @@ struct Flags {
     /// Divide alpha by the root of the rank, not by the rank
     #[arg(long)]
     rslora: bool,
+    /// Learning rate of B over that of A (LoRA+) [default: 1]
+    #[arg(long, value_name = "RATIO")]
+    ratio_b: Option<f64>,
     /// Layers by the ends of their names: q_proj,v_proj [default: all linear layers]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     targets: Vec<String>,
@@ -148,15 +150,43 @@ struct Flags {
     /// Steps between evaluations [default: a twentieth of the run]
     #[arg(long)]
     eval_every: Option<u64>,
-    /// Stop after so many evaluations without a lower loss; 0: do not [default: 0]
+    /// Stop after so many evaluations that are not better than the best; 0: do not [default: 0]
     #[arg(long, value_name = "N")]
     patience: Option<u64>,
+    /// Questions (JSON lines) that the model answers before, during and behind the run; the best by them is kept
+    #[arg(long, value_name = "FILE")]
+    task: Option<PathBuf>,
+    /// The keys of question and answer in them [default: question,answer]
+    #[arg(long, value_name = "QUESTION,ANSWER", value_delimiter = ',')]
+    task_fields: Vec<String>,
+    /// The answer is the first group (or all) of the last match in what is written [default: all that is written]
+    #[arg(long, value_name = "REGEX", conflicts_with = "equation")]
+    answer_regex: Option<String>,
+    /// What is written is a sum, whose value is the answer
+    #[arg(long)]
+    equation: bool,
+    /// Only the first N of them [default: 100]
+    #[arg(long, value_name = "N")]
+    task_questions: Option<usize>,
+    /// Tokens of an answer at most [default: 256]
+    #[arg(long, value_name = "N")]
+    task_tokens: Option<usize>,
+    /// Steps between two times; 0: only before and behind the run [default: 0]
+    #[arg(long, value_name = "N")]
+    task_every: Option<u64>,
     /// Steps between checkpoints [default: as evaluations]
     #[arg(long)]
     checkpoint_every: Option<u64>,
     /// Run node by node, without the compiler
     #[arg(long)]
     eager: bool,
+    /// What products are computed in; weights under training and moments stay f32 [default: f32]
+    #[arg(long)]
+    dtype: Option<train::ComputeName>,
+    /// What weights, moments, gradients and activations may take together, such as 380MB: forward values are computed again
+    /// until it fits
+    #[arg(long, value_name = "SIZE", conflicts_with = "eager")]
+    memory: Option<String>,
     /// Threads; 0 for all cores [default: 0]
     #[arg(long)]
     threads: Option<usize>,
@@ -184,6 +214,7 @@ impl Flags {
         put(self.alpha, &mut f.alpha);
         put(self.dropout, &mut f.dropout);
         put(self.rslora.then_some(true), &mut f.rslora);
+        put(self.ratio_b, &mut f.ratio_b);
         if !self.targets.is_empty() {
             f.targets = self.targets;
         }
@@ -199,6 +230,15 @@ impl Flags {
         }
         put(self.epochs, &mut f.epochs);
         put(self.patience, &mut f.patience);
+        put(self.task, &mut f.task);
+        if !self.task_fields.is_empty() {
+            f.task_fields = self.task_fields;
+        }
+        put(self.answer_regex, &mut f.answer_regex);
+        put(self.equation.then_some(true), &mut f.equation);
+        put(self.task_questions, &mut f.task_questions);
+        put(self.task_tokens, &mut f.task_tokens);
+        put(self.task_every, &mut f.task_every);
         let (d, o, r) = (&mut c.data, &mut c.optimiser, &mut c.run);
         if !self.held_back.is_empty() {
             d.held_back = self.held_back;
@@ -216,6 +256,8 @@ impl Flags {
         put(self.eval_every, &mut r.eval_every);
         put(self.checkpoint_every, &mut r.checkpoint_every);
         put(self.eager.then_some(true), &mut r.eager);
+        put(self.dtype.map(Compute::from), &mut r.dtype);
+        put(self.memory, &mut r.memory);
         put(self.threads, &mut r.threads);
         put(self.usd_per_hour, &mut r.usd_per_hour);
     }
@@ -325,7 +367,7 @@ fn announce(run: &mut Run, xray: bool) -> anyhow::Result<()> {
         s.batch,
         s.ctx,
         s.schedule.lr,
-        units::show_count(bytes as f64) + "B"
+        text::bytes(bytes)
     );
     Ok(())
 }

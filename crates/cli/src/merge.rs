@@ -128,7 +128,7 @@ fn plan(opened: &sparsam_engine::Opened, kind: Kind, wanted: Option<DType>) -> a
         let own = own.get(&p.name).copied().unwrap_or(DType::F32);
         storable(kind, p, wanted.or(fallback).unwrap_or(own))
     })?;
-    Ok(plan.about(&opened.source))
+    Ok(plan.about(&opened.source).with_probes())
 }
 
 /// Where the result lies until it is found good: beside its place.

@@ -5,16 +5,12 @@ mod choices;
 use crate::load::{Load, positive};
 use crate::text;
 use anyhow::{Context, bail};
-use regex::Regex;
 use serde_json::{Value, json};
-use sparsam_engine::{Question, ask, equation};
+use sparsam_engine::{Reading, Task, ask};
 use std::io::{BufRead, BufReader};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// Bytes that a compiled `--answer-regex` may take.
-const REGEX_BYTES: usize = 1 << 20;
 
 /// A task and how its answers are read.
 #[derive(clap::Args)]
@@ -69,19 +65,14 @@ pub fn run(args: &TaskArgs, model: &str, load: &Load, json: bool) -> anyhow::Res
     if let Some(key) = &args.choices {
         return choices::run(args, file, key, model, load, json);
     }
-    let regex = match &args.answer_regex {
-        Some(r) => {
-            Some(regex::RegexBuilder::new(r).size_limit(REGEX_BYTES).build().context("--answer-regex")?)
-        }
-        None => None,
+    let reading = match &args.answer_regex {
+        Some(regex) => Reading::last(regex)?,
+        None if args.equation => Reading::Equation,
+        None => Reading::All,
     };
-    let mut questions = read(file, &args.fields)?;
-    questions.truncate(args.questions.unwrap_or(usize::MAX));
-    if let Some(regex) = &regex {
-        for q in &mut questions {
-            q.answer = last_match(regex, &q.answer).unwrap_or_else(|| q.answer.clone());
-        }
-    }
+    let [question, answer] = &args.fields[..] else { bail!("--fields wants two names: QUESTION,ANSWER") };
+    let task = Task::open(file, [question, answer], reading, args.questions.unwrap_or(usize::MAX))?;
+    let questions = &task.questions;
     let longest = args.max_tokens + 1024;
     let engine = load.engine(model, None)?;
     let engine = match engine.context() {
@@ -93,13 +84,8 @@ pub fn run(args: &TaskArgs, model: &str, load: &Load, json: bool) -> anyhow::Res
     let bar = text::bar(questions.len() as u64, "questions");
     let start = Instant::now();
     let (mut done, mut right) = (0, 0);
-    let read = |written: &str| match &regex {
-        Some(regex) => last_match(regex, written),
-        None if args.equation => equation(written).map(|v| v.to_string()),
-        None => Some(written.to_string()),
-    };
     let how = (args.at_once.min(questions.len()), args.max_tokens);
-    let answered = ask(&engine, &questions, how, &read, &mut |a| {
+    let answered = ask(&engine, &task, how, &mut |a| {
         (done, right) = (done + 1, right + a.right as usize);
         bar.set_position(done);
         bar.set_message(format!("{:.1}% right", 100.0 * right as f64 / done as f64));
@@ -140,21 +126,10 @@ pub fn run(args: &TaskArgs, model: &str, load: &Load, json: bool) -> anyhow::Res
     text::say(format_args!("time           {}", text::duration(start.elapsed())))
 }
 
-/// The first group of the last match, or all of it where there is no group.
-fn last_match(regex: &Regex, text: &str) -> Option<String> {
-    let found = regex.captures_iter(text).last()?;
-    found.get(1).or(found.get(0)).map(|m| m.as_str().to_string())
-}
-
 /// The share of `right` among `n` independent answers, and its standard error.
 fn share(right: usize, n: usize) -> (f64, f64) {
     let share = right as f64 / n as f64;
     (share, (share * (1.0 - share) / n as f64).sqrt())
-}
-
-fn read(file: &Path, fields: &[String]) -> anyhow::Result<Vec<Question>> {
-    let [question, answer] = fields else { bail!("--fields wants two names: QUESTION,ANSWER") };
-    lines(file, |line| Ok(Question { prompt: text_of(line, question)?, answer: text_of(line, answer)? }))
 }
 
 /// Text or number `key` of a line.
@@ -182,17 +157,4 @@ fn lines<T>(file: &Path, take: impl Fn(&Value) -> anyhow::Result<T>) -> anyhow::
         bail!("{}: holds no question; one JSON object a line is expected", file.display());
     }
     Ok(all)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_match_counts() {
-        let r = Regex::new("#### (-?[0-9,.]+)").unwrap();
-        assert_eq!(last_match(&r, "#### 3 no #### 1,200").as_deref(), Some("1,200"));
-        assert_eq!(last_match(&r, "none"), None);
-        assert_eq!(last_match(&Regex::new("[0-9]+").unwrap(), "4 and 5").as_deref(), Some("5"));
-    }
 }

@@ -493,6 +493,10 @@ impl Progress {
             Event::HeldBack(step, loss) => {
                 self.say(&format!("step {step}: held-back loss {loss:.4}, perplexity {:.3}", loss.exp()))
             }
+            Event::Task(step, right, n) => {
+                let share = 100.0 * right as f64 / n as f64;
+                self.say(&format!("step {step}: {right} of {n} answers right ({share:.1}%)"))
+            }
             Event::Sample(step, sample) => self.say(&format!("step {step}: {sample:?}")),
             Event::Note(note) => self.say(note),
             Event::Saved(_) => {}

@@ -254,3 +254,126 @@ fn a_local_teacher_says_the_same_alone_and_among_others() {
     assert_eq!(alone.len(), 6);
     assert!(alone.values().any(|r| r["answer"].is_string()), "{alone:?}");
 }
+
+/// The tiny model of the adapters' goldens with a tokenizer of bytes, and a teacher's answers to 40 questions.
+fn classroom(folder: &Path) {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../train/tests/golden/lora/tiny");
+    let model = folder.join("model");
+    std::fs::create_dir_all(&model).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(tiny.join(name), model.join(name)).unwrap();
+    }
+    let bytes = sparsam_tokenizer::train::byte_vocabulary();
+    std::fs::write(model.join("tokenizer.json"), bytes.tokenizer).unwrap();
+    std::fs::write(model.join("tokenizer_config.json"), bytes.config).unwrap();
+    let line = |i: usize| {
+        let text = format!("{i} + {i}. So the answer is ({i} * 2).");
+        json!({"question": format!("Twice {i}?"), "answer": 2 * i, "teacher": text}).to_string() + "\n"
+    };
+    std::fs::write(folder.join("q.jsonl"), (0..40).map(line).collect::<String>()).unwrap();
+    let import = ["distill", "import", "q.jsonl", "--task", "arithmetic", "--out", "answers.jsonl"];
+    stdout(&sparsam().current_dir(folder).args(import).output().unwrap());
+}
+
+fn teach(folder: &Path, out: &str, more: &[&str]) -> Command {
+    let mut command = sparsam();
+    command
+        .current_dir(folder)
+        .args(["distill", "teach", "model", "--answers", "answers.jsonl", "--task", "arithmetic", "--json"])
+        .args(["--held-back", "0.25", "--step-tokens", "128", "--threads", "1", "--out", out])
+        .args(more)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn a_student_whose_teaching_is_killed_is_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    classroom(folder);
+    let lora =
+        ["--method", "lora", "--rank", "4", "--epochs", "30", "--checkpoint-every", "3", "--lr", "0.01"];
+    let whole: Value =
+        serde_json::from_str(&stdout(&teach(folder, "whole", &lora).output().unwrap())).unwrap();
+    assert!(whole["loss"].as_f64().unwrap() < 4.0 && whole["steps"].as_u64().unwrap() > 100, "{whole}");
+    for kill in 1..=3 {
+        let mut child = teach(folder, "killed", &lora).spawn().unwrap();
+        let newest = || {
+            let entries = std::fs::read_dir(folder.join("killed/run/checkpoints")).ok()?;
+            entries
+                .filter_map(|e| Some(e.ok()?.file_name().to_str()?.get(5..13)?.parse::<u64>().unwrap_or(0)))
+                .max()
+        };
+        while newest().unwrap_or(0) < 25 * kill && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let other = teach(folder, "killed", &["--method", "lora", "--rank", "2"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&other.stderr).contains("other settings"), "{other:?}");
+    stdout(&teach(folder, "killed", &lora).output().unwrap());
+    let of = |out: &str| std::fs::read(folder.join(out).join("adapter_model.safetensors")).unwrap();
+    assert!(of("whole") == of("killed"));
+    assert!(
+        !folder.join("killed/run/checkpoints").exists() && folder.join("killed/run/report.html").exists()
+    );
+    // The student is its base with the adapter.
+    let eval = [
+        "distill",
+        "eval",
+        "q.jsonl",
+        "--task",
+        "arithmetic",
+        "--held-back",
+        "0.25",
+        "--json",
+        "--ctx",
+        "64",
+    ];
+    let asked = |model: &str| -> Value {
+        let models = ["--max-tokens", "12", "--model", model, "--threads", "1"];
+        let out = sparsam().current_dir(folder).args(eval).args(models).output().unwrap();
+        serde_json::from_str(&stdout(&out)).unwrap()
+    };
+    let (a, b) = (asked("killed"), asked("whole"));
+    assert_eq!(a["answers"], b["answers"]);
+    let text = a["answers"][0]["answers"][0]["text"].as_str().unwrap();
+    assert!(text.contains('(') || text.contains('*'), "{a}");
+}
+
+#[test]
+fn students_learn_from_probabilities_and_in_full() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    classroom(folder);
+    let taught = |out: &str, more: &[&str]| -> Value {
+        serde_json::from_str(&stdout(&teach(folder, out, more).output().unwrap())).unwrap()
+    };
+    // All weights: the folder is a model.
+    taught("full", &["--epochs", "4", "--lr", "0.01", "--variant", "label-only", "--type", "BF16"]);
+    sparsam_engine::open(&folder.join("full")).unwrap();
+    // From itself a student has nothing to learn; the loss of the first step is 0 and stays near.
+    let soft =
+        ["--soft-labels", "model", "--soft-share", "1", "--epochs", "1", "--method", "lora", "--lr", "1e-6"];
+    for kl in ["forward", "reverse"] {
+        let said = taught(kl, &[&soft[..], &["--kl", kl]].concat());
+        assert!(said["loss"].as_f64().unwrap().abs() < 1e-3, "{kl}: {said}");
+    }
+    // From the full student there is.
+    let more =
+        ["--soft-labels", "full", "--soft-share", "1", "--epochs", "1", "--method", "lora", "--lr", "1e-6"];
+    assert!(taught("other", &more)["loss"].as_f64().unwrap() > 1e-2);
+    // In texts of its own too, and there it learns.
+    let policy =
+        ["--soft-labels", "full", "--on-policy", "--kl", "reverse", "--method", "lora", "--lr", "0.01"];
+    let [few, many] = ["2", "40"].map(|epochs| {
+        taught(&format!("policy{epochs}"), &[&policy[..], &["--epochs", epochs]].concat())["loss"]
+            .as_f64()
+            .unwrap()
+    });
+    assert!(many < 0.9 * few, "{few} {many}");
+    let out = teach(folder, "bad", &[&policy[..], &["--soft-share", "0.5"]].concat()).output().unwrap();
+    assert!(String::from_utf8_lossy(&out.stderr).contains("is no target"), "{out:?}");
+}

@@ -28,9 +28,6 @@ pub enum Error {
     /// A training step.
     #[error(transparent)]
     Train(#[from] sparsam_train::Error),
-    /// A program does not compile or run.
-    #[error(transparent)]
-    Runtime(#[from] sparsam_runtime::Error),
 }
 
 impl Error {

@@ -14,6 +14,7 @@ pub mod eval;
 pub mod expression;
 pub mod question;
 pub mod record;
+pub mod soft;
 pub mod stats;
 pub mod student;
 pub mod teach;

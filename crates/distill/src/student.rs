@@ -4,7 +4,7 @@ use crate::question::{Kind, Question};
 use crate::template::{Parsed, Template};
 use crate::{Error, record::write_whole};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What a student is taught to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +57,9 @@ pub struct Student {
     pub held_back: u32,
     /// The seed of that choice.
     pub split_seed: u64,
+    /// The model that the folder's adapter belongs to; `None`: the folder holds a model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
 }
 
 impl Student {
@@ -138,7 +141,7 @@ mod tests {
                     ..Question::default()
                 });
                 for variant in Variant::ALL {
-                    let student = Student { variant, task: kind, held_back: 0, split_seed: 0 };
+                    let student = Student { variant, task: kind, held_back: 0, split_seed: 0, base: None };
                     let said = target(&e.answer, &e.rationale, student.asked());
                     let parsed = student.parse(&template, &question, &said).unwrap();
                     let same = |a: &str| question.canonical(kind, a);
@@ -152,8 +155,13 @@ mod tests {
     fn students_are_told_from_other_models() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(Student::open(folder.path()).unwrap(), None);
-        let student =
-            Student { variant: Variant::StepByStep, task: Kind::Choice, held_back: 2000, split_seed: 7 };
+        let student = Student {
+            variant: Variant::StepByStep,
+            task: Kind::Choice,
+            held_back: 2000,
+            split_seed: 7,
+            base: Some("base.gguf".into()),
+        };
         student.save(folder.path()).unwrap();
         assert_eq!(Student::open(folder.path()).unwrap(), Some(student));
         std::fs::write(folder.path().join(FILE), "{").unwrap();

@@ -2,27 +2,24 @@
 //!
 //! A step's loss is `(1 - r) L(label) + r L(rationale)`, each the mean over the tokens of its task in the step; what a
 //! prompt says is not learnt. Step-by-step has both tasks of a question in the same step; the other variants have one.
+//! Everything else is a run of [`sparsam_train`]: adapters or all weights, checkpoints, measures.
 
 use crate::Error;
 use crate::question::Question;
 use crate::record::Record;
+use crate::soft::{self, SoftLabels};
 use crate::stats::below;
 use crate::student::{self, Task, Variant};
 use crate::template::Template;
-use sparsam_dtype::{DType, codec};
-use sparsam_engine::{Opened, Plan, Saver};
-use sparsam_formats::Kind as FileKind;
-use sparsam_ir::{AdamW, Tensor, Trace};
-use sparsam_models::nn::Batch;
-use sparsam_models::{Model, Parameter};
-use sparsam_runtime::{Data, Device, Options, Session, Step, Weights};
+use sha2::{Digest, Sha256};
+use sparsam_engine::{Engine, Opened, Options};
 use sparsam_tokenizer::{Specials, Tokenizer};
-use sparsam_train::data::PackedRows;
-use sparsam_train::optim::{Optimiser, RATES};
-use sparsam_train::schedule::{Form, Schedule};
-use sparsam_train::step::{self, GRAD_NORM, LOSS, NO_TARGET};
-use std::path::Path;
-use std::sync::Arc;
+use sparsam_train::config::{Config as RunConfig, SaveAs};
+use sparsam_train::data::{Batches, PackedRows};
+use sparsam_train::lora::{FinetuneConfig, Material, Method};
+use sparsam_train::step::{NO_TARGET, Targets};
+use sparsam_train::{Finished, Run};
+use std::path::{Path, PathBuf};
 
 /// How a student is taught.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,8 +28,9 @@ pub struct Config {
     pub variant: Variant,
     /// Times that it sees each question.
     pub epochs: u32,
-    /// The highest learning rate; it rises over the first tenth of the steps and falls to a tenth by a cosine.
-    pub lr: f64,
+    /// The highest learning rate; it rises over the first tenth of the steps and falls to a tenth by a cosine. `None`: 1e-4
+    /// for all weights, from the model's width for adapters.
+    pub lr: Option<f64>,
     /// Tokens of a step.
     pub step_tokens: usize,
     /// The share of the loss that reasons have, step-by-step only.
@@ -41,6 +39,17 @@ pub struct Config {
     pub seed: u64,
     /// Threads; 0: all cores.
     pub threads: usize,
+    /// What is trained.
+    pub method: Method,
+    /// Rank of adapters; `None`: 16.
+    pub rank: Option<usize>,
+    /// Steps between checkpoints; `None`: a quarter of the run.
+    pub checkpoint_every: Option<u64>,
+    /// Type of the weights that are saved, where all are trained.
+    pub save_as: SaveAs,
+    /// The student first writes answers of its own, drawn from its probabilities, and learns what the teacher's
+    /// probabilities are in these (Agarwal et al. 2024): it is corrected where it goes wrong, not where the teacher would.
+    pub on_policy: bool,
 }
 
 impl Default for Config {
@@ -48,14 +57,22 @@ impl Default for Config {
         Config {
             variant: Variant::StepByStep,
             epochs: 3,
-            lr: 1e-4,
+            lr: None,
             step_tokens: 1024,
             rationale_weight: 0.5,
             seed: 0,
             threads: 0,
+            method: Method::Full,
+            rank: None,
+            checkpoint_every: None,
+            save_as: SaveAs::F32,
+            on_policy: false,
         }
     }
 }
+
+/// The highest rate where all weights are trained and nothing else is asked for.
+const LR: f64 = 1e-4;
 
 /// A question with what is to be learnt about it.
 #[derive(Clone, Debug, PartialEq)]
@@ -128,136 +145,225 @@ fn texts(
     }
 }
 
-/// A step's rows, and what each row's loss counts.
-#[derive(Clone, Debug, PartialEq)]
-struct Rows {
-    packed: PackedRows,
-    weights: Vec<f32>,
-}
-
-fn rows(texts: &[&Text], n_tokens: usize, rationale_weight: f64) -> Rows {
+/// The row of a step: its texts one after the other, none of which sees another, each target with what it counts.
+/// `soft`: the probabilities of each text's targets, where a teacher's are learnt.
+fn row(texts: &[&Text], soft: &[&[soft::Top]], n_tokens: usize, rationale_weight: f64) -> PackedRows {
     let mut packed = PackedRows::default();
     let mut tasks = Vec::new();
-    for text in texts {
+    for (n, text) in texts.iter().enumerate() {
         let start = packed.tokens.len() as i32;
         for (i, pair) in text.tokens.windows(2).enumerate() {
+            let learnt = i + 1 >= text.learnt_from;
             packed.tokens.push(pair[0] as i32);
             packed.positions.push(i as i32);
             packed.row_start.push(start);
-            packed.targets.push(if i + 1 < text.learnt_from { NO_TARGET } else { pair[1] as i32 });
+            packed.targets.push(if learnt { pair[1] as i32 } else { NO_TARGET });
             tasks.push(text.task);
+            if let Some(soft) = soft.get(n) {
+                let top = if learnt { soft[i + 1 - text.learnt_from] } else { [(0, 0.0); soft::TOP] };
+                packed.soft.extend(top);
+            }
         }
     }
-    packed.pad_to(n_tokens);
     let counts = |rationale: bool| {
         let of = |(t, task): &(&i32, &Task)| **t != NO_TARGET && (**task == Task::Rationale) == rationale;
         packed.targets.iter().zip(&tasks).filter(of).count()
     };
     let (labels, rationales) = (counts(false), counts(true));
     let share = if rationales == 0 { 0.0 } else { rationale_weight };
-    let weight = |(i, target): (usize, &i32)| match tasks.get(i) {
-        Some(task) if *target != NO_TARGET => match task {
-            Task::Rationale => (share / rationales as f64) as f32,
-            _ => ((1.0 - share) / labels as f64) as f32,
-        },
-        _ => 0.0,
+    let weight = |(target, task): (&i32, &Task)| match (*target, *task) {
+        (NO_TARGET, _) => 0.0,
+        (_, Task::Rationale) => (share / rationales as f64) as f32,
+        _ => ((1.0 - share) / labels as f64) as f32,
     };
-    let weights = packed.targets.iter().enumerate().map(weight).collect();
-    Rows { packed, weights }
+    packed.weights = packed.targets.iter().zip(&tasks).map(weight).collect();
+    packed.pad_to(n_tokens);
+    packed
 }
 
-/// What one step gave.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Progress {
-    /// Steps done.
-    pub step: u64,
-    /// Steps in all.
-    pub steps: u64,
-    /// The loss, in nats.
-    pub loss: f64,
-    /// The norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// Tokens that were learnt from so far, prompts included, padding not.
-    pub tokens: u64,
+/// The rows of all steps, in the order in which they are learnt.
+struct Lessons {
+    texts: Vec<Vec<Text>>,
+    /// The lessons of each step.
+    order: Vec<Vec<usize>>,
+    n_tokens: usize,
+    rationale_weight: f64,
+    soft: Option<SoftLabels>,
 }
 
-/// A taught student.
-pub struct Taught {
-    model: Model,
-    parameters: Vec<Parameter>,
-    session: Session,
+impl Lessons {
+    fn row(&self, step: usize) -> PackedRows {
+        let lessons = &self.order[step % self.order.len()];
+        let texts: Vec<&Text> = lessons.iter().flat_map(|&l| &self.texts[l]).collect();
+        let soft: Vec<&[soft::Top]> = match &self.soft {
+            Some(s) => lessons.iter().flat_map(|&l| s.of[l].iter().map(Vec::as_slice)).collect(),
+            None => Vec::new(),
+        };
+        row(&texts, &soft, self.n_tokens, self.rationale_weight)
+    }
 }
 
-/// The loss: the sum of the rows' cross-entropies, each times its entry of the input `weights`. (1).
-#[track_caller]
-fn loss(t: &Trace, model: &Model, batch: &Batch) -> Tensor {
-    let logits = model.trace(t, batch); // (N, vocab)
-    let targets = t.input("targets", &[batch.n_logits()], DType::I32);
-    let weights = t.input("weights", &[batch.n_logits()], DType::F32);
-    (logits.cross_entropy(&targets) * weights).sum(&[0])
+impl Batches for Lessons {
+    fn batch(&mut self, first: u64, n: usize) -> Result<PackedRows, sparsam_train::Error> {
+        self.in_order(first as usize, n)
+    }
+
+    /// One row at a time: steps have one.
+    fn in_order(&self, first: usize, _: usize) -> Result<PackedRows, sparsam_train::Error> {
+        Ok(self.row(first))
+    }
 }
 
-/// Teaches all of the weights of the model in `opened`. `progress` hears of each step and says whether to go on.
+/// Where a run lives while the student is taught, and what is left of it behind.
+fn run_folder(out: &Path) -> PathBuf {
+    out.join("run")
+}
+
+/// A student under way.
+pub struct Teaching {
+    /// The run, ready to go on.
+    pub run: Run,
+    out: PathBuf,
+}
+
+/// A student that will be in the folder `out`, from the model in `opened`; or the one there, which is taken up where it
+/// was. `soft`: a teacher's probabilities as further targets.
 ///
 /// # Errors
-/// If a lesson does not fit a step, a setting makes no sense, or the loss is no number any more.
+/// If a lesson does not fit a step, a setting makes no sense, or `out` holds a student of other lessons or settings.
 pub fn teach(
-    opened: &Opened,
+    out: &Path,
+    opened: Opened,
     template: &Template,
     lessons: &[Lesson],
     config: &Config,
-    progress: &mut dyn FnMut(Progress) -> bool,
-) -> Result<Taught, Error> {
+    soft: Option<&soft::Teacher>,
+) -> Result<Teaching, Error> {
     check(config)?;
-    let texts = lessons
+    let mut texts = lessons
         .iter()
         .map(|l| texts(opened.tokenizer()?, template, l, config.variant))
         .collect::<Result<Vec<_>, Error>>()?;
-    let order = order(&texts, lessons, config)?;
-    let device = Device::cpu(config.threads)?;
-    let optimiser = Optimiser {
-        adamw: AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 },
-        muon: None,
-        clip: Some(1.0),
-    };
-    let (mut taught, update) = load(opened, &device, config.step_tokens, &optimiser)?;
-    let steps = order.len() as u64;
-    let schedule = Schedule {
-        form: Form::Cosine,
-        lr: config.lr,
-        min_lr: 0.1 * config.lr,
-        warmup: (steps / 10).max(1).min(steps / 2),
-        decay: 0,
-        steps,
-    };
-    let mut tokens = 0;
-    for (i, lessons) in order.iter().enumerate() {
-        let step = i as u64 + 1;
-        let of_step: Vec<&Text> = lessons.iter().flat_map(|&l| &texts[l]).collect();
-        tokens += of_step.iter().map(|t| t.tokens.len() as u64 - 1).sum::<u64>();
-        let rows = rows(&of_step, config.step_tokens, config.rationale_weight);
-        let rates = optimiser.adamw.rates(schedule.at(step), step);
-        let inputs = [
-            ("tokens", Data::I32(&rows.packed.tokens)),
-            ("positions", Data::I32(&rows.packed.positions)),
-            ("row_start", Data::I32(&rows.packed.row_start)),
-            ("targets", Data::I32(&rows.packed.targets)),
-            ("weights", Data::F32(&rows.weights)),
-            (RATES, Data::F32(&rates)),
-        ];
-        let out = taught.session.run(&update, &inputs)?;
-        let (loss, grad_norm) = (f64::from(out.f32(LOSS)?[0]), f64::from(out.f32(GRAD_NORM)?[0]));
-        if !loss.is_finite() || !grad_norm.is_finite() {
+    if config.on_policy {
+        if soft.is_none_or(|s| s.share != 1.0) {
             return Err(Error::setting(
-                "--lr",
-                format!("step {step}: the loss is {loss}; choose a lower rate than {}", config.lr),
+                "--on-policy",
+                "wants --soft-labels with --soft-share 1: what the student writes is no target",
             ));
         }
-        if !progress(Progress { step, steps, loss, grad_norm, tokens }) {
-            break;
-        }
+        write_itself(&opened, &mut texts, config)?;
     }
-    Ok(taught)
+    let order = order(&texts, lessons, config)?;
+    let all = |of: &dyn Fn(&Text) -> usize| -> Vec<usize> {
+        let of_step = |step: &Vec<usize>| step.iter().flat_map(|&l| &texts[l]).map(of).sum();
+        order.iter().map(of_step).collect()
+    };
+    let (tokens, learnt) = (all(&|t| t.tokens.len() - 1), all(&|t| t.tokens.len() - t.learnt_from));
+    let most = learnt.iter().copied().max().unwrap_or(0).next_multiple_of(64);
+    let vocab_size = opened.model.facts().vocab_size;
+    let mut hash = Sha256::new();
+    for text in order.iter().flatten().flat_map(|&l| &texts[l]) {
+        hash.update((text.tokens.len() as u64).to_le_bytes());
+        hash.update((text.learnt_from as u64).to_le_bytes());
+        text.tokens.iter().for_each(|t| hash.update(t.to_le_bytes()));
+    }
+    hash.update(config.rationale_weight.to_le_bytes());
+    let labels = match soft {
+        Some(teacher) => {
+            let asked: Vec<Vec<(&[u32], usize)>> = texts
+                .iter()
+                .map(|lesson| lesson.iter().map(|t| (&t.tokens[..], t.learnt_from)).collect())
+                .collect();
+            let labels = SoftLabels::made(teacher, &opened, &asked, &run_folder(out))?;
+            hash.update(labels.sha256());
+            hash.update(teacher.share.to_le_bytes());
+            hash.update([u8::from(teacher.reverse)]);
+            Some(labels)
+        }
+        None => None,
+    };
+    let steps = order.len() as u64;
+    let material = Material {
+        targets: Targets {
+            rows: (most * 10 <= config.step_tokens * 9).then_some(most),
+            weighted: true,
+            soft: soft.map(|t| t.targets(vocab_size)),
+        },
+        tokens: [tokens.iter().sum(), learnt.iter().sum(), 0],
+        sha256: hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
+        notes: Vec::new(),
+        examples: sparsam_train::dialogue::Examples::default(),
+        held_back: None,
+        train: Box::new(Lessons {
+            texts,
+            order,
+            n_tokens: config.step_tokens,
+            rationale_weight: config.rationale_weight,
+            soft: labels,
+        }),
+    };
+    let mut c = RunConfig::default();
+    c.model.from = Some(opened.source.path().display().to_string());
+    c.data.ctx = Some(config.step_tokens);
+    let full = config.method == Method::Full;
+    c.finetune = Some(FinetuneConfig {
+        method: Some(config.method),
+        rank: config.rank.filter(|_| !full),
+        ..FinetuneConfig::default()
+    });
+    let o = &mut c.optimiser;
+    o.lr = config.lr.or(full.then_some(LR));
+    o.weight_decay = full.then_some(0.01);
+    o.warmup = Some((steps / 10).max(1).min(steps / 2));
+    let r = &mut c.run;
+    (r.steps, r.batch, r.accumulate) = (Some(steps), Some(1), Some(1));
+    (r.seed, r.threads, r.save_as) = (Some(config.seed), Some(config.threads), Some(config.save_as));
+    r.checkpoint_every = config.checkpoint_every.or(Some((steps / 4).max(1)));
+    // A checkpoint of all weights is three times as large as the model.
+    r.keep = Some(0);
+    let run = Run::on(&run_folder(out), c, opened, material)?;
+    Ok(Teaching { run, out: out.to_path_buf() })
+}
+
+/// Puts what the student writes in the place of what it was to write: up to twice as long.
+fn write_itself(opened: &Opened, texts: &mut [Vec<Text>], config: &Config) -> Result<(), Error> {
+    let options = Options { threads: config.threads, ..Options::default() };
+    let engine = Engine::load(opened.source.path(), &options)?;
+    let asked: Vec<(&[u32], usize)> = texts
+        .iter()
+        .flatten()
+        .map(|t| (&t.tokens[..t.learnt_from], 2 * (t.tokens.len() - t.learnt_from)))
+        .collect();
+    let written = soft::written(&engine, &asked, config.seed)?;
+    for (text, written) in texts.iter_mut().flatten().zip(written) {
+        text.tokens.truncate(text.learnt_from);
+        text.tokens.extend(written);
+    }
+    Ok(())
+}
+
+impl Teaching {
+    /// Puts what a finished run has made into the student's folder, and removes what was only needed to go on.
+    ///
+    /// # Errors
+    /// If the disk fails. Then the same run, taken up again, is finished at once.
+    pub fn finish(&self, finished: &Finished) -> Result<(), Error> {
+        let Some(result) = self.run.result().filter(|_| finished.complete) else { return Ok(()) };
+        let entries = std::fs::read_dir(&result).map_err(Error::io("read", &result))?;
+        for entry in entries {
+            let entry = entry.map_err(Error::io("read", &result))?;
+            std::fs::rename(entry.path(), self.out.join(entry.file_name()))
+                .map_err(Error::io("move", entry.path()))?;
+        }
+        let measures = run_folder(&self.out).join("metrics.jsonl");
+        std::fs::copy(&measures, self.out.join("metrics.jsonl")).map_err(Error::io("copy", measures))?;
+        for folder in [result, run_folder(&self.out).join("checkpoints")] {
+            if folder.exists() {
+                std::fs::remove_dir_all(&folder).map_err(Error::io("remove", &folder))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn check(config: &Config) -> Result<(), Error> {
@@ -270,7 +376,7 @@ fn check(config: &Config) -> Result<(), Error> {
             "must be between 0 and 1 (1 itself would teach no answers)",
         ));
     }
-    if !(config.lr > 0.0 && config.lr <= 1.0) {
+    if config.lr.is_some_and(|lr| !(lr > 0.0 && lr <= 1.0)) {
         return Err(Error::setting("--lr", "must be above 0 and at most 1"));
     }
     Ok(())
@@ -315,53 +421,6 @@ fn order(texts: &[Vec<Text>], lessons: &[Lesson], config: &Config) -> Result<Vec
     Ok(steps)
 }
 
-fn load(
-    opened: &Opened,
-    device: &Device,
-    n_tokens: usize,
-    optimiser: &Optimiser,
-) -> Result<(Taught, Step), Error> {
-    let model = opened.model.clone();
-    let mut constants = Weights::new();
-    for c in model.constants() {
-        constants.insert_f32(&c.name, &c.shape, &c.data)?;
-    }
-    let mut session = Session::new(device, Arc::new(constants));
-    let batch = Batch::packed(n_tokens);
-    let graph = step::update(step::training(), |t| loss(t, &model, &batch), optimiser)
-        .map_err(sparsam_train::Error::from)?;
-    let update = session.load(&graph, &Options::default())?;
-    for spec in model.weights(&opened.source).map_err(sparsam_train::Error::from)? {
-        let tensor = opened.source.require(&spec.source_name).map_err(sparsam_train::Error::from)?;
-        let turned = spec
-            .transform
-            .apply(tensor.bytes, tensor.info.dtype, &tensor.info.shape)
-            .map_err(sparsam_train::Error::from)?;
-        let mut values = vec![0.0_f32; spec.shape.iter().product()];
-        codec::decode(turned.dtype, &turned.bytes, &mut values)
-            .map_err(|e| Error::setting(spec.name.clone(), e.to_string()))?;
-        session.set_state(&spec.name, bytemuck::cast_slice(&values))?;
-    }
-    let parameters = model.parameters().map_err(sparsam_train::Error::from)?;
-    Ok((Taught { model, parameters, session }, update))
-}
-
-impl Taught {
-    /// Writes the student as a folder in Hugging Face's layout, in `dtype`.
-    ///
-    /// # Errors
-    /// If there is something at `folder` already, or the disk is full.
-    pub fn save(&self, opened: &Opened, folder: &Path, dtype: DType) -> Result<(), Error> {
-        let plan = Plan::uniform(&self.model, FileKind::Safetensors, dtype)?;
-        let mut saver =
-            Saver::create(folder, FileKind::Safetensors, &self.model, opened.tokenizer.as_ref(), &plan)?;
-        for p in &self.parameters {
-            saver.append(&p.name, &p.shape, DType::F32, self.session.state_bytes(&p.name)?)?;
-        }
-        Ok(saver.finish()?)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -374,16 +433,20 @@ mod tests {
     fn only_what_the_student_writes_is_learnt() {
         let a = text(&[5, 6, 7, 8], 2, Task::Label);
         let b = text(&[5, 9, 3], 1, Task::Rationale);
-        let rows = rows(&[&a, &b], 7, 0.25);
-        let p = &rows.packed;
+        let p = row(&[&a, &b], &[], 7, 0.25);
         assert_eq!(p.tokens, [5, 6, 7, 5, 9, 0, 0]);
         assert_eq!(p.positions, [0, 1, 2, 0, 1, 0, 0]);
         assert_eq!(p.row_start[..5], [0, 0, 0, 3, 3]);
         assert_eq!(p.targets, [NO_TARGET, 7, 8, 9, 3, NO_TARGET, NO_TARGET]);
         // The mean of each task: two tokens of the label share 0.75, two of the reasons 0.25.
-        assert_eq!(rows.weights, [0.0, 0.375, 0.375, 0.125, 0.125, 0.0, 0.0]);
-        let alone = super::rows(&[&a], 3, 0.25);
+        assert_eq!(p.weights, [0.0, 0.375, 0.375, 0.125, 0.125, 0.0, 0.0]);
+        let alone = row(&[&a], &[], 3, 0.25);
         assert_eq!(alone.weights, [0.0, 0.5, 0.5]);
+        // A teacher's probabilities belong to what is learnt alone.
+        let top = |id| [(id, 0.5); soft::TOP];
+        let p = row(&[&a, &b], &[&[top(1), top(2)], &[top(3), top(4)]], 7, 0.25);
+        let ids: Vec<u32> = p.soft.chunks(soft::TOP).map(|top| top[0].0).collect();
+        assert_eq!(ids, [0, 1, 2, 3, 4, 0, 0]);
     }
 
     #[test]

@@ -2,12 +2,14 @@
 //! `adapter_model.safetensors`.
 
 use crate::Error;
+use crate::probes::{PROBES_FILE, Probes};
 use serde::{Deserialize, Serialize};
 use sparsam_dtype::{DType, codec};
 use sparsam_formats::safetensors::{File, Writer};
 use sparsam_formats::{AtomicFile, TensorSpec};
 use sparsam_models::Model;
 use sparsam_models::adapter::{Adapter, LowRank, PEFT_PREFIX};
+use sparsam_tokenizer::Tokenizer;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -218,6 +220,26 @@ impl PeftConfig {
 
 /// A tensor's name, shape and values.
 pub type Named = (String, Vec<usize>, Vec<f32>);
+
+/// Replays the probe dialogues that the adapters in these folders were trained with, where they have them.
+///
+/// # Errors
+/// If one comes out differently with this tokenizer.
+pub(crate) fn replay(folders: &[(PathBuf, f64)], tokenizer: Option<&Tokenizer>) -> Result<(), Error> {
+    for (folder, _) in folders {
+        let file = folder.join(PROBES_FILE);
+        let json = match std::fs::read_to_string(&file) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            other => other
+                .map_err(|e| Error::Adapter { file: file.clone(), what: format!("cannot be read: {e}") })?,
+        };
+        // Without a tokenizer only ids come and go.
+        if let Some(tokenizer) = tokenizer {
+            Probes::replay(&json, &file, tokenizer)?;
+        }
+    }
+    Ok(())
+}
 
 /// `model` with the adapters of these folders, each weighted, and their weights under the names that it asks for.
 ///

@@ -64,6 +64,7 @@ impl Engine {
         }
         let mut weights = opened.weights()?;
         if !options.adapters.is_empty() {
+            adapter::replay(&options.adapters, opened.tokenizer.as_ref())?;
             let (model, adapters) = adapter::attach(opened.model, &options.adapters)?;
             opened.model = model;
             for (name, shape, values) in adapters {

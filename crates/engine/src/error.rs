@@ -31,6 +31,9 @@ pub enum Error {
     /// A value of the tokenizer's metadata is outside of what it may be.
     #[error("{}: {what}", file.display())]
     Vocabulary { file: PathBuf, what: String },
+    /// Questions that cannot be read.
+    #[error("{}: {what}", file.display())]
+    Task { file: PathBuf, what: String },
     /// The model has no tokenizer, but text is asked of it.
     #[error(
         "{}: the model comes without a tokenizer ({wanted}), so it cannot read or write text; put the tokenizer that it was trained with beside it",

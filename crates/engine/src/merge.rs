@@ -1,7 +1,7 @@
 //! An adapter merged into the weights: one model, as fast as its base, in any type that the format holds.
 
 use crate::runner::Want;
-use crate::{Engine, Error, Feed, Opened, Plan, Request, Sampling, Saver, TrainedAdapter, generate};
+use crate::{Engine, Error, Feed, Opened, Plan, Request, Sampling, Saver, TrainedAdapter, adapter, generate};
 use sparsam_dtype::{DType, codec};
 use sparsam_formats::Kind;
 use sparsam_tokenizer::Message;
@@ -29,6 +29,7 @@ pub fn merge(
     kind: Kind,
     plan: &Plan,
 ) -> Result<Merged, Error> {
+    adapter::replay(adapters, opened.tokenizer.as_ref())?;
     let mut read = Vec::new();
     for (folder, weight) in adapters {
         read.push((TrainedAdapter::open(folder)?, *weight, folder));
@@ -116,13 +117,16 @@ const TEXT_TOKENS: usize = 96;
 /// If there is no tokenizer, or the models do not share a vocabulary.
 pub fn divergence(reference: &Engine, others: &[&Engine]) -> Result<Vec<Divergence>, Error> {
     let tokenizer = reference.tokenizer()?;
-    let mut runner = reference.runner_with(1, reference.context().min(2 * TEXT_TOKENS))?;
+    let context = reference.context().min(2 * TEXT_TOKENS);
+    let mut runner = reference.runner_with(1, context)?;
     let mut texts = Vec::new();
     for (seed, prompt) in PROMPTS.into_iter().enumerate() {
-        let tokens = match tokenizer.chat_template() {
+        let mut tokens = match tokenizer.chat_template() {
             Some(_) => reference.encode_dialogue(&[Message::new("user", prompt)])?,
             None => reference.encode(prompt)?,
         };
+        // Of a prompt that would leave less than half of the context, the end.
+        tokens.drain(..tokens.len().saturating_sub(context / 2));
         let sampling = Sampling {
             temperature: 1.0,
             top_k: 0,
@@ -144,7 +148,7 @@ pub fn divergence(reference: &Engine, others: &[&Engine]) -> Result<Vec<Divergen
         runner.release(sequence);
         let mut text = tokens;
         text.extend(written.tokens);
-        text.truncate(2 * TEXT_TOKENS - 1);
+        text.truncate(context - 1);
         texts.push(text);
     }
     let mut sums = vec![(0.0, 0usize); others.len()];

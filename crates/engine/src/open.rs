@@ -1,6 +1,7 @@
 //! A model on disk: what it is, before its weights are read.
 
 use crate::Error;
+use crate::probes::{PROBES_FILE, PROBES_KEY, Probes};
 use sparsam_dtype::DType;
 use sparsam_formats::{Source, gguf};
 use sparsam_models::{Config, Model, WeightSpec};
@@ -21,7 +22,8 @@ pub struct Opened {
 /// Opens the model at `path`: a GGUF file, a safetensors file, or a folder that holds one of these.
 ///
 /// # Errors
-/// If a file is damaged, the architecture is not known, or the tokenizer contradicts the model.
+/// If a file is damaged, the architecture is not known, or the tokenizer contradicts the model or the probe dialogues
+/// that are kept with it.
 pub fn open(path: &Path) -> Result<Opened, Error> {
     let source = Source::open(path)?;
     let model = Model::new(Config::from_source(&source)?);
@@ -34,6 +36,13 @@ pub fn open(path: &Path) -> Result<Opened, Error> {
                 "the tokenizer has {have} tokens, the model's embedding table {want} rows; they do not belong together"
             );
             return Err(Error::Vocabulary { file: source.path().to_path_buf(), what });
+        }
+        let kept = match source.gguf_metadata() {
+            Some(metadata) => metadata.opt_str(PROBES_KEY)?.map(str::to_string),
+            None => source.sidecar(PROBES_FILE)?.map(|b| String::from_utf8_lossy(&b).into_owned()),
+        };
+        if let Some(json) = kept {
+            Probes::replay(&json, source.path(), tokenizer)?;
         }
     }
     Ok(Opened { source, model, tokenizer })

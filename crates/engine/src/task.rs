@@ -1,9 +1,15 @@
 //! Tasks with one right answer: the model writes, what it wrote is read, and the share of right answers is counted.
 
 use crate::{Batcher, Engine, Error, Request};
+use regex::Regex;
 use sparsam_tokenizer::Message;
 use std::collections::HashMap;
+use std::io::{BufRead, BufReader};
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+/// Bytes that a compiled regular expression may take.
+const REGEX_BYTES: usize = 1 << 20;
 
 /// A question and its answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -12,6 +18,94 @@ pub struct Question {
     pub prompt: String,
     /// The right answer.
     pub answer: String,
+}
+
+/// How the answer is found in what was written.
+#[derive(Clone, Debug)]
+pub enum Reading {
+    /// All of it is the answer.
+    All,
+    /// The first group (or all) of the last match.
+    Last(Regex),
+    /// It is a sum, whose value is the answer.
+    Equation,
+}
+
+impl Reading {
+    /// The last match of `regex`.
+    ///
+    /// # Errors
+    /// If it is no regular expression, or a huge one.
+    pub fn last(regex: &str) -> Result<Reading, Error> {
+        let built = regex::RegexBuilder::new(regex).size_limit(REGEX_BYTES).build();
+        Ok(Reading::Last(built.map_err(|e| Error::Context { what: format!("the answer's regex: {e}") })?))
+    }
+
+    /// The answer in `written`; `None` if there is none.
+    pub fn read(&self, written: &str) -> Option<String> {
+        match self {
+            Reading::All => Some(written.to_string()),
+            Reading::Equation => equation(written).map(|v| v.to_string()),
+            Reading::Last(regex) => {
+                let found = regex.captures_iter(written).last()?;
+                found.get(1).or(found.get(0)).map(|m| m.as_str().to_string())
+            }
+        }
+    }
+}
+
+/// Questions from a file of JSON lines, and how their answers are read.
+#[derive(Clone, Debug)]
+pub struct Task {
+    /// The file.
+    pub file: PathBuf,
+    /// In its order.
+    pub questions: Vec<Question>,
+    /// How answers are read.
+    pub reading: Reading,
+}
+
+impl Task {
+    /// Reads at most `most` questions of `file`, whose lines have the keys `fields` for question and answer. An answer in
+    /// which the regular expression of `reading` matches is what it finds there.
+    ///
+    /// # Errors
+    /// If a line is not JSON or lacks a key: which, and what is there; if there is no question.
+    pub fn open(file: &Path, fields: [&str; 2], reading: Reading, most: usize) -> Result<Task, Error> {
+        let bad = |what: String| Error::Task { file: file.to_path_buf(), what };
+        let opened = std::fs::File::open(file).map_err(|e| bad(format!("cannot be opened: {e}")))?;
+        let mut questions = Vec::new();
+        for (i, line) in BufReader::new(opened).lines().enumerate() {
+            let at = |what: String| bad(format!("line {}: {what}", i + 1));
+            let line = line.map_err(|e| at(format!("cannot be read as UTF-8 text: {e}")))?;
+            if line.trim().is_empty() {
+                continue;
+            }
+            if questions.len() == most {
+                break;
+            }
+            let value: serde_json::Value =
+                serde_json::from_str(&line).map_err(|e| at(format!("is not JSON: {e}")))?;
+            let text = |key: &str| match &value[key] {
+                serde_json::Value::String(s) => Ok(s.clone()),
+                serde_json::Value::Number(n) => Ok(n.to_string()),
+                _ => {
+                    let keys: Vec<&String> = value.as_object().into_iter().flat_map(|o| o.keys()).collect();
+                    Err(at(format!("there is no text or number {key:?}; the line has {keys:?}")))
+                }
+            };
+            let (prompt, answer) = (text(fields[0])?, text(fields[1])?);
+            let answer = match &reading {
+                Reading::Last(_) => reading.read(&answer).unwrap_or(answer),
+                Reading::All | Reading::Equation => answer,
+            };
+            questions.push(Question { prompt, answer });
+        }
+        if questions.is_empty() {
+            return Err(bad("holds no question; one JSON object a line is expected".into()));
+        }
+        Ok(Task { file: file.to_path_buf(), questions, reading })
+    }
 }
 
 /// What was written on one question.
@@ -27,18 +121,18 @@ pub struct Answered {
     pub right: bool,
 }
 
-/// Asks all `questions`, `at_once` of them together, greedily, and reads each answer with `read`. Calls `on` with each as
-/// it comes; it may end the task.
+/// Asks all questions of `task`, `at_once` of them together, greedily, and reads the answers. Calls `on` with each as it
+/// comes; it may end the task.
 ///
 /// # Errors
 /// If the model has no tokenizer, or a question is longer than the context.
 pub fn ask(
     engine: &Engine,
-    questions: &[Question],
+    task: &Task,
     (at_once, max_tokens): (usize, usize),
-    read: &dyn Fn(&str) -> Option<String>,
     on: &mut dyn FnMut(&Answered) -> ControlFlow<()>,
 ) -> Result<Vec<Answered>, Error> {
+    let questions = &task.questions;
     let mut batcher = Batcher::new(engine, at_once)?;
     let templated = engine.tokenizer()?.chat_template().is_some();
     let mut asked = HashMap::new();
@@ -60,7 +154,7 @@ pub fn ask(
                 continue;
             }
             let Some((index, text)) = asked.remove(&output.id) else { continue };
-            let found = read(&text);
+            let found = task.reading.read(&text);
             let right = found.as_deref().is_some_and(|found| same(found, &questions[index].answer));
             let answered = Answered { index, text, read: found, right };
             let flow = on(&answered);
@@ -164,6 +258,35 @@ impl Parser<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_match_counts() {
+        let r = Reading::last("#### (-?[0-9,.]+)").unwrap();
+        assert_eq!(r.read("#### 3 no #### 1,200").as_deref(), Some("1,200"));
+        assert_eq!(r.read("none"), None);
+        assert_eq!(Reading::last("[0-9]+").unwrap().read("4 and 5").as_deref(), Some("5"));
+        assert_eq!(Reading::Equation.read("( 4 / 2 ) = 2").as_deref(), Some("2"));
+        assert!(Reading::last("(").unwrap_err().to_string().contains("regex"));
+    }
+
+    #[test]
+    fn questions_are_read_and_bad_lines_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("q.jsonl");
+        let read = |text: &str, most| {
+            std::fs::write(&file, text).unwrap();
+            Task::open(&file, ["q", "a"], Reading::last("#### (.*)").unwrap(), most)
+        };
+        let two = "{\"q\": \"one\", \"a\": 1}\n\n{\"q\": \"two\", \"a\": \"1 + 1 #### 2\"}\n";
+        let task = read(two, 9).unwrap();
+        assert_eq!(task.questions.iter().map(|q| &*q.answer).collect::<Vec<_>>(), ["1", "2"]);
+        assert_eq!(read(two, 1).unwrap().questions.len(), 1);
+        let said = |text: &str| read(text, 9).unwrap_err().to_string();
+        assert!(
+            said("{\"q\": \"x\"}").contains("line 1: there is no text or number \"a\"; the line has [\"q\"]")
+        );
+        assert!(said("no").contains("line 1: is not JSON") && said("\n").contains("holds no question"));
+    }
 
     #[test]
     fn sums_have_their_values() {

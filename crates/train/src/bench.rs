@@ -5,6 +5,7 @@ use crate::data::PackedRows;
 use crate::optim::Optimiser;
 use crate::random::Random;
 use crate::run::peak_flops;
+use crate::step::Targets;
 use crate::{Error, How, Learner, new};
 use serde::Serialize;
 use sparsam_models::Model;
@@ -78,6 +79,7 @@ pub fn bench(b: &Bench, profile: bool) -> Result<Measured, Error> {
         rows: b.batch,
         ctx: b.seq,
         accumulate: 1,
+        targets: Targets::default(),
         optimiser,
         samples: false,
         options: b.options.clone(),

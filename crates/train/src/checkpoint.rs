@@ -34,8 +34,10 @@ pub struct Progress {
     pub held_back: Option<f64>,
     /// The lowest that it has been.
     pub best: Option<f64>,
-    /// Evaluations since then.
+    /// Evaluations since the best.
     pub stale: u64,
+    /// The most right answers to the task's questions that there have been.
+    pub right: Option<u64>,
 }
 
 /// [`Progress`] in a file: decimal digits would not keep every bit of a number.
@@ -53,6 +55,8 @@ struct Stored {
     best: Option<u64>,
     #[serde(default)]
     stale: u64,
+    #[serde(default)]
+    right: Option<u64>,
 }
 
 impl From<&Progress> for Stored {
@@ -67,6 +71,7 @@ impl From<&Progress> for Stored {
             held_back: p.held_back.map(f64::to_bits),
             best: p.best.map(f64::to_bits),
             stale: p.stale,
+            right: p.right,
         }
     }
 }
@@ -83,6 +88,7 @@ impl From<Stored> for Progress {
             held_back: s.held_back.map(f64::from_bits),
             best: s.best.map(f64::from_bits),
             stale: s.stale,
+            right: s.right,
         }
     }
 }

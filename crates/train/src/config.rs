@@ -422,7 +422,11 @@ impl Config {
                 Some(Muon { momentum, weight_decay: adamw.weight_decay, ..d })
             }
         };
-        let optimiser = Optimiser { adamw, muon, clip: (clip > 0.0).then_some(clip) };
+        let ratio_b = match &mut self.finetune {
+            Some(f) => number("finetune.ratio_b", *f.ratio_b.get_or_insert(1.0), 1e-3, 1e3)?,
+            None => 1.0,
+        };
+        let optimiser = Optimiser { adamw, muon, clip: (clip > 0.0).then_some(clip), ratio_b };
         number("data.held_back_part", *self.data.held_back_part.get_or_insert(0.05), 0.0, 0.9)?;
         let usd_per_hour = r.usd_per_hour.map(|p| number("run.usd_per_hour", p, 0.0, 1e9)).transpose()?;
         let eager = *r.eager.get_or_insert(false);

@@ -16,7 +16,7 @@ use crate::random::Random;
 use crate::step::NO_TARGET;
 
 /// A batch of packed rows, as the inputs of a training step.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PackedRows {
     /// Tokens of all rows, one row after the other: (N).
     pub tokens: Vec<i32>,
@@ -26,6 +26,11 @@ pub struct PackedRows {
     pub row_start: Vec<i32>,
     /// The token after each: (N); [`NO_TARGET`] behind the end of a document.
     pub targets: Vec<i32>,
+    /// What each target's loss counts: (N); empty: all the same.
+    pub weights: Vec<f32>,
+    /// Another model's largest probabilities of each token's next one: (N, top), as many as the step is made for; empty:
+    /// there are none.
+    pub soft: Vec<(u32, f32)>,
 }
 
 impl PackedRows {

@@ -369,6 +369,14 @@ impl PackedExamples {
         self.rows.len()
     }
 
+    /// Targets that `n` rows have at most.
+    pub fn most_targets(&self, n: usize) -> usize {
+        let of = |row: &Vec<u32>| row.iter().map(|&i| self.examples[i as usize].n_learnt()).sum();
+        let mut counts: Vec<usize> = self.rows.iter().map(of).collect();
+        counts.sort_unstable_by(|a, b| b.cmp(a));
+        counts.iter().cycle().take(if counts.is_empty() { 0 } else { n }).sum()
+    }
+
     /// The share of all places that hold a token.
     pub fn filled(&self) -> f64 {
         let n: usize = self.examples.iter().map(|e| e.tokens.len() - 1).sum();

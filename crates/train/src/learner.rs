@@ -4,7 +4,7 @@ use crate::Error;
 use crate::data::PackedRows;
 use crate::optim::{Optimiser, RATES};
 use crate::random::Random;
-use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET};
+use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET, Soft, Targets};
 use sparsam_dtype::codec;
 use sparsam_engine::{Plan, Saver};
 use sparsam_formats::{Kind, Source, gguf};
@@ -15,6 +15,7 @@ use sparsam_models::{Model, Parameter};
 use sparsam_plan::units::show_bytes;
 use sparsam_runtime::{CompileError, Data, Device, Options, Outputs, Session, Step, Weights};
 use sparsam_tokenizer::Tokenizer;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub struct How {
     pub ctx: usize,
     /// Micro-batches of a step.
     pub accumulate: usize,
+    /// Which rows have a loss, and what it counts.
+    pub targets: Targets,
     /// The optimiser.
     pub optimiser: Optimiser,
     /// Whether it will write samples, whose cache then counts within a budget of memory.
@@ -284,7 +287,7 @@ impl Learner {
         tokenizer: Option<&Tokenizer>,
         name: Option<&str>,
     ) -> Result<(), Error> {
-        let mut plan = Plan::uniform(&self.model, kind, dtype)?;
+        let mut plan = Plan::uniform(&self.model, kind, dtype)?.with_probes();
         if let Some(name) = name {
             plan.about.insert("general.name", gguf::Value::String(name.to_string()));
         }
@@ -305,7 +308,7 @@ impl Learner {
     pub fn step(&mut self, micro: &[PackedRows], t: u64, lr: f64) -> Result<Outcome, Error> {
         assert_eq!(micro.len(), self.how.accumulate, "micro-batches of a step");
         let targets: usize = micro.iter().map(PackedRows::n_targets).sum();
-        let scale = [1.0 / targets.max(1) as f32];
+        let scale = [1.0 / if self.how.targets.weighted { micro.len() } else { targets.max(1) } as f32];
         let rates = self.how.optimiser.adamw.rates(lr, t);
         let rates = (RATES, Data::F32(&rates));
         let norm_of = |out: &Outputs, clipped: bool| -> Result<Option<f64>, Error> {
@@ -318,8 +321,9 @@ impl Learner {
             .map(|i| Random::new(self.seed, "dropout", (t - 1) * micro.len() as u64 + i).next())
             .map(|x| [x as i32, (x >> 32) as i32])
             .collect();
+        let fed: Vec<Fed> = micro.iter().map(|rows| Fed::new(rows, &self.how.targets)).collect();
         let inputs = |i: usize| {
-            let mut all = inputs(&micro[i], &scale).to_vec();
+            let mut all = fed[i].inputs(&scale);
             all.extend(drops.then(|| (DROPOUT_SEED, Data::I32(&seeds[i]))));
             all
         };
@@ -356,7 +360,8 @@ impl Learner {
                 graphs.load(&mut self.session, &graphs.evaluate, &self.how)?
             }
         };
-        let loss = self.session.run(&step, &inputs(&rows, &[1.0]))?.f32(LOSS)?[0] as f64;
+        let fed = Fed::new(&rows, &self.how.targets);
+        let loss = self.session.run(&step, &fed.inputs(&[1.0]))?.f32(LOSS)?[0] as f64;
         self.evaluate = Some(step);
         Ok((loss, rows.n_targets()))
     }
@@ -438,24 +443,97 @@ fn draw(logits: &[f32], temperature: f64, random: &mut Random) -> usize {
 impl PackedRows {
     /// Adds rows that no token sees and that have no target, up to `n` tokens.
     pub fn pad_to(&mut self, n: usize) {
-        for i in self.tokens.len()..n {
+        let before = self.tokens.len();
+        for i in before..n {
             self.tokens.push(0);
             self.positions.push(0);
             self.row_start.push(i as i32 + 1); // beyond itself: padding
             self.targets.push(NO_TARGET);
         }
+        if !self.weights.is_empty() {
+            self.weights.resize(self.tokens.len(), 0.0);
+        }
+        if let Some(top) = self.soft.len().checked_div(before).filter(|&top| top > 0) {
+            self.soft.resize(self.tokens.len() * top, (0, 0.0));
+        }
     }
 }
 
-/// The inputs of a packed batch with targets.
-pub(crate) fn inputs<'a>(rows: &'a PackedRows, scale: &'a [f32; 1]) -> [(&'static str, Data<'a>); 5] {
-    [
-        ("tokens", Data::I32(&rows.tokens)),
-        ("positions", Data::I32(&rows.positions)),
-        ("row_start", Data::I32(&rows.row_start)),
-        ("targets", Data::I32(&rows.targets)),
-        ("loss_scale", Data::F32(scale)),
-    ]
+/// A packed batch as the inputs of a step: its rows, and those of them that have a loss.
+pub(crate) struct Fed<'a> {
+    rows: &'a PackedRows,
+    /// Where only some rows get logits: which.
+    logit_rows: Option<Vec<i32>>,
+    targets: Cow<'a, [i32]>,
+    weights: Option<Vec<f32>>,
+    /// Places in the logits, and probabilities there.
+    soft: Option<(Vec<i32>, Vec<f32>)>,
+}
+
+impl<'a> Fed<'a> {
+    /// `rows` for a step that is made for `targets`.
+    ///
+    /// # Panics
+    /// If more rows have a target than the step is made for.
+    pub fn new(rows: &'a PackedRows, targets: &Targets) -> Fed<'a> {
+        let weight = |i: usize| match (rows.targets[i], rows.weights.get(i)) {
+            (NO_TARGET, _) => 0.0,
+            (_, weight) => weight.copied().unwrap_or(1.0),
+        };
+        let Some(n) = targets.rows else {
+            let n = rows.targets.len();
+            let weights = targets.has_weights().then(|| (0..n).map(weight).collect());
+            let soft = targets.soft.map(|s| soft(rows, &(0..n).collect::<Vec<_>>(), n, &s));
+            return Fed { rows, logit_rows: None, targets: Cow::Borrowed(&rows.targets), weights, soft };
+        };
+        let mut chosen: Vec<usize> =
+            (0..rows.targets.len()).filter(|&i| rows.targets[i] != NO_TARGET).collect();
+        assert!(chosen.len() <= n, "{} rows have a target, the step is made for {n}", chosen.len());
+        let mut wanted: Vec<i32> = chosen.iter().map(|&i| rows.targets[i]).collect();
+        let mut weights: Vec<f32> = chosen.iter().map(|&i| weight(i)).collect();
+        let soft = targets.soft.map(|s| soft(rows, &chosen, n, &s));
+        chosen.resize(n, 0);
+        wanted.resize(n, NO_TARGET);
+        weights.resize(n, 0.0);
+        Fed {
+            rows,
+            logit_rows: Some(chosen.into_iter().map(|i| i as i32).collect()),
+            targets: Cow::Owned(wanted),
+            weights: targets.has_weights().then_some(weights),
+            soft,
+        }
+    }
+
+    /// The inputs; losses are multiplied by `scale`.
+    pub fn inputs(&'a self, scale: &'a [f32; 1]) -> Vec<(&'static str, Data<'a>)> {
+        let mut all = vec![
+            ("tokens", Data::I32(&self.rows.tokens)),
+            ("positions", Data::I32(&self.rows.positions)),
+            ("row_start", Data::I32(&self.rows.row_start)),
+            ("targets", Data::I32(&self.targets)),
+            ("loss_scale", Data::F32(scale)),
+        ];
+        all.extend(self.logit_rows.as_ref().map(|rows| ("logit_rows", Data::I32(rows))));
+        all.extend(self.weights.as_ref().map(|weights| ("weights", Data::F32(weights))));
+        if let Some((at, p)) = &self.soft {
+            all.extend([("soft_at", Data::I32(at)), ("soft_p", Data::F32(p))]);
+        }
+        all
+    }
+}
+
+/// The probabilities of the rows that have logits, of which there are `n`; rows without a target have any.
+fn soft(rows: &PackedRows, chosen: &[usize], n: usize, s: &Soft) -> (Vec<i32>, Vec<f32>) {
+    let (mut at, mut p) = (Vec::with_capacity(n * s.top), Vec::with_capacity(n * s.top));
+    for (row, &i) in chosen.iter().enumerate() {
+        for &(id, probability) in rows.soft.iter().skip(i * s.top).take(s.top) {
+            at.push((row * s.vocab_size + id as usize) as i32);
+            p.push(probability);
+        }
+    }
+    at.resize(n * s.top, 0);
+    p.resize(n * s.top, 0.0);
+    (at, p)
 }
 
 /// The weights that the model may ask for, and which of them are trained.
@@ -497,8 +575,8 @@ pub(crate) struct Graphs {
 
 impl Graphs {
     pub fn new(model: &Model, how: &How, parameters: &[Parameter], leaves: &Leaves) -> Result<Graphs, Error> {
-        let batch = Batch::packed(how.n_tokens());
-        let loss = |t: &Trace| step::language_model_loss(t, model, &batch);
+        let batch = how.targets.batch(how.n_tokens());
+        let loss = |t: &Trace| step::language_model_loss(t, model, &batch, &how.targets);
         let evaluated = undropped(model)?;
         let pages = how.ctx.div_ceil(PAGE);
         let cache =
@@ -513,7 +591,9 @@ impl Graphs {
                 .transpose()?,
             accumulate: step::accumulate(leaves.trace(), loss)?,
             apply: step::apply(&shapes, &how.optimiser)?,
-            evaluate: step::evaluate(leaves.trace(), |t| step::language_model_loss(t, &evaluated, &batch))?,
+            evaluate: step::evaluate(leaves.trace(), |t| {
+                step::language_model_loss(t, &evaluated, &batch, &how.targets)
+            })?,
             decode: decode.finish(&[("logits", &logits)])?,
         })
     }

@@ -24,6 +24,7 @@ pub mod report;
 mod run;
 pub mod schedule;
 pub mod step;
+pub mod task;
 pub mod verify;
 
 pub use error::Error;

@@ -8,9 +8,11 @@ use crate::dialogue::{Examples, LossOn, PackedExamples, Reading, existing};
 use crate::learner::{Base, Learner};
 use crate::random::Random;
 use crate::run::Prepared;
+use crate::step::Targets;
+use crate::task::Exam;
 use serde::{Deserialize, Serialize};
 use sparsam_dtype::DType;
-use sparsam_engine::{Opened, PeftConfig, TrainedAdapter, open};
+use sparsam_engine::{Opened, PROBES_FILE, PeftConfig, Probes, TrainedAdapter, open};
 use sparsam_formats::Kind;
 use sparsam_models::adapter::{Adapter, LowRank};
 use sparsam_models::{LinearLayer, Model, WeightSpec};
@@ -25,8 +27,8 @@ pub enum Method {
     /// Low-rank adapters over the weights as the file holds them.
     #[default]
     Lora,
-    /// The same over linear layers rounded to 4 bits, if `base_type` does not say otherwise: to `IQ4_NL`, whose 16 levels
-    /// lie closer around 0, as those of QLoRA's NF4 do, with a scale for 32 weights.
+    /// The same over linear layers rounded to 4 bits: to NF4 with double quantisation, if `base_type` does not say
+    /// otherwise.
     Qlora,
     /// All weights.
     Full,
@@ -46,6 +48,8 @@ pub struct FinetuneConfig {
     pub dropout: Option<f64>,
     /// The factor is alpha over the root of the rank (Kalajdzievski 2023).
     pub rslora: Option<bool>,
+    /// The learning rate of B over that of A (LoRA+, Hayou et al. 2024): 1.
+    pub ratio_b: Option<f64>,
     /// Layers, by the ends of their names: `q_proj`, `layers.3.mlp.up_proj`; empty: all.
     pub targets: Vec<String>,
     /// An adapter to begin with, in PEFT's layout.
@@ -58,8 +62,22 @@ pub struct FinetuneConfig {
     pub fields: Vec<String>,
     /// Times that each example is seen, where steps are not given.
     pub epochs: Option<f64>,
-    /// The run ends after so many evaluations without a lower loss; 0: it does not.
+    /// The run ends after so many evaluations that were not better than the best; 0: it does not.
     pub patience: Option<u64>,
+    /// Questions that the model answers during the run, as JSON lines; the best by them is kept.
+    pub task: Option<PathBuf>,
+    /// The keys of question and answer in them: `question`, `answer`.
+    pub task_fields: Vec<String>,
+    /// The answer is the first group (or all) of the last match in what is written.
+    pub answer_regex: Option<String>,
+    /// What is written is a sum, whose value is the answer.
+    pub equation: Option<bool>,
+    /// Questions at most: 100.
+    pub task_questions: Option<usize>,
+    /// Tokens of an answer at most: 256.
+    pub task_tokens: Option<usize>,
+    /// Steps between two times; 0: only before the first step and behind the last.
+    pub task_every: Option<u64>,
 }
 
 /// Rank where nothing else is asked for.
@@ -91,6 +109,10 @@ pub struct Finetuned {
     pub notes: Vec<String>,
     /// The examples, for a closer look.
     pub examples: Examples,
+    /// What is asked during the run.
+    pub exam: Option<Exam>,
+    /// In which type all weights are written, where all are trained.
+    save_as: DType,
 }
 
 impl Finetuned {
@@ -117,6 +139,8 @@ impl Finetuned {
             {
                 crate::run::write_file(&folder.join(name), &bytes)?;
             }
+            let probes = Probes::of(tokenizer)?.to_json();
+            crate::run::write_file(&folder.join(PROBES_FILE), probes.as_bytes())?;
         }
         Ok(())
     }
@@ -126,7 +150,7 @@ impl Finetuned {
         if fresh.exists() {
             std::fs::remove_dir_all(&fresh).map_err(Error::io("delete", &fresh))?;
         }
-        learner.export(&fresh, Kind::Safetensors, DType::F32, self.opened.tokenizer.as_ref(), None)?;
+        learner.export(&fresh, Kind::Safetensors, self.save_as, self.opened.tokenizer.as_ref(), None)?;
         if folder.exists() {
             std::fs::remove_dir_all(folder).map_err(Error::io("delete", folder))?;
         }
@@ -196,12 +220,36 @@ pub fn select(layers: &[LinearLayer], targets: &[String]) -> Result<Vec<String>,
     Ok(all.filter(|m| targets.is_empty() || targets.iter().any(|t| ends(m, t))).collect())
 }
 
-/// Reads model and examples, and completes `config`. `folder` is only written to with what was made.
+/// What a run learns from, where the caller makes the rows himself.
+pub struct Material {
+    /// The rows, of `data.ctx` tokens.
+    pub train: Box<dyn Batches>,
+    /// Rows to evaluate on.
+    pub held_back: Option<Box<dyn Batches>>,
+    /// Which of their tokens have a loss, and what it counts.
+    pub targets: Targets,
+    /// All tokens; those that are learnt; those that are held back.
+    pub tokens: [usize; 3],
+    /// Of all that is learnt: a run is only taken up on the same.
+    pub sha256: String,
+    /// What was found in the data, for people.
+    pub notes: Vec<String>,
+    /// The examples that rows are made of, for a closer look, if there are any.
+    pub examples: Examples,
+}
+
+/// Reads model and examples, and completes `config`. Nothing is written.
 pub(crate) fn prepare(config: &mut Config) -> Result<Prepared, Error> {
     let name = config.model.from.clone().unwrap_or_default();
     let path = std::path::absolute(&name).map_err(Error::io("find", &name))?;
     let opened = open(&path)?;
     config.model.from = Some(path.display().to_string());
+    let material = read(config, &opened)?;
+    complete(config, opened, material)
+}
+
+/// The examples in the files that `config` names.
+fn read(config: &mut Config, opened: &Opened) -> Result<Material, Error> {
     let tokenizer = opened.tokenizer()?.clone();
     let facts = opened.model.facts();
     let seed = *config.run.seed.get_or_insert(0);
@@ -250,8 +298,8 @@ pub(crate) fn prepare(config: &mut Config) -> Result<Prepared, Error> {
     };
     config.data.ctx = Some(ctx);
     let (tokens, learnt) = train.counts();
-    let hash = train.sha256();
-    let notes = notes(&train, &held_back, same);
+    let sha256 = train.sha256();
+    let mut notes = notes(&train, &held_back, same);
     let examples = train.clone();
     let rows = PackedExamples::new(train.all, ctx, seed);
     let batch = *config.run.batch.get_or_insert((STEP_TOKENS / ctx).max(1));
@@ -261,20 +309,46 @@ pub(crate) fn prepare(config: &mut Config) -> Result<Prepared, Error> {
         let per_step = (batch * accumulate).max(1) as f64;
         config.run.steps = Some((epochs * rows.per_epoch() as f64 / per_step).ceil().max(1.0) as u64);
     }
+    notes.push(format!("{} rows of {ctx} tokens, {:.0}% full", rows.per_epoch(), 100.0 * rows.filled()));
+    let n_held_back = held_back.counts().0;
+    let held_back = (!held_back.all.is_empty()).then(|| PackedExamples::new(held_back.all, ctx, seed));
+    let targets =
+        Targets { rows: logit_rows([Some(&rows), held_back.as_ref()], batch, ctx), ..Targets::default() };
+    Ok(Material {
+        train: Box::new(rows),
+        held_back: held_back.map(|rows| Box::new(rows) as Box<dyn Batches>),
+        targets,
+        tokens: [tokens, learnt, n_held_back],
+        sha256,
+        notes,
+        examples,
+    })
+}
+
+/// What a run works with; completes `config`.
+pub(crate) fn complete(config: &mut Config, opened: Opened, material: Material) -> Result<Prepared, Error> {
+    let tokenizer = opened.tokenizer()?.clone();
+    let facts = opened.model.facts();
+    let seed = *config.run.seed.get_or_insert(0);
+    let Some(f) = &mut config.finetune else {
+        return Err(Error::config("finetune", "is missing"));
+    };
     let method = *f.method.get_or_insert_default();
+    let exam = Exam::new(f)?;
     let (model, peft, base) = adapt(&opened, f, seed)?;
     let o = &mut config.optimiser;
     o.lr.get_or_insert_with(|| derived_lr(facts.hidden_size, method));
     o.beta2.get_or_insert(0.999);
     o.weight_decay.get_or_insert(0.0);
     config.run.sample_every.get_or_insert(0);
+    let [tokens, learnt, held_back_tokens] = material.tokens;
     let receipt = Receipt {
         version: env!("CARGO_PKG_VERSION").to_string(),
         parameters: trained(&model, base.trained)?,
         train_tokens: tokens as u64,
-        held_back_tokens: held_back.counts().0 as u64,
+        held_back_tokens: held_back_tokens as u64,
         vocab_size: facts.vocab_size as u64,
-        tokens_sha256: Some(hash),
+        tokens_sha256: Some(material.sha256),
     };
     let known = Facts { parameters: receipt.parameters, train_tokens: learnt as u64, continues: true };
     let settings = config.complete(&known)?;
@@ -282,27 +356,29 @@ pub(crate) fn prepare(config: &mut Config) -> Result<Prepared, Error> {
         return Err(Error::config("run.verify", "is for models trained from scratch; compare with --eager"));
     }
     config.receipt = Some(receipt.clone());
-    let filled = rows.filled();
-    let mut finetuned = Finetuned { method, peft, opened, notes, examples };
-    finetuned.notes.push(format!(
-        "{} rows of {ctx} tokens, {:.0}% full; {} trained parameters",
-        rows.per_epoch(),
-        100.0 * filled,
-        receipt.parameters
-    ));
-    let held_back = (!held_back.all.is_empty())
-        .then(|| Box::new(PackedExamples::new(held_back.all, ctx, seed)) as Box<dyn Batches>);
+    let mut notes = material.notes;
+    notes.push(format!("{} trained parameters", receipt.parameters));
+    let save_as = settings.save_as.dtype();
+    let finetuned = Finetuned { method, peft, opened, notes, examples: material.examples, exam, save_as };
     Ok(Prepared {
         model,
         tokenizer: Some(tokenizer),
         source: None,
-        train: Box::new(rows),
-        held_back,
+        train: material.train,
+        held_back: material.held_back,
         settings,
         receipt,
         base,
+        targets: material.targets,
         finetuned: Some(finetuned),
     })
+}
+
+/// Rows of a batch that the head computes logits for, in whole tiles; `None`: nearly all have a target.
+fn logit_rows(of: [Option<&PackedExamples>; 2], batch: usize, ctx: usize) -> Option<usize> {
+    let most = of.into_iter().flatten().map(|rows| rows.most_targets(batch)).max().unwrap_or(0);
+    let rows = most.next_multiple_of(64).max(64);
+    (rows * 10 <= batch * ctx * 9).then_some(rows)
 }
 
 fn trained(model: &Model, trained: fn(&str) -> bool) -> Result<u64, Error> {
@@ -363,7 +439,7 @@ fn adapt(
     let adapter = Adapter::new(modules.into_iter().map(scaled)).with_dropout(dropout);
     let model = opened.model.clone().with_adapters(vec![adapter])?;
     if method == Method::Qlora {
-        f.base_type.get_or_insert_with(|| "IQ4_NL".into());
+        f.base_type.get_or_insert_with(|| "NF4".into());
     }
     let weights = base_weights(opened, &layers, f.base_type.as_deref())?;
     Ok((model, Some(peft), Base { weights, trained: |name| name.contains(".lora_"), seed }))

@@ -20,6 +20,15 @@ pub enum Record {
         /// Mean loss on the held-back part, nats a token.
         held_back_loss: f64,
     },
+    /// After the questions of a task.
+    Task {
+        /// Steps done.
+        step: u64,
+        /// Right answers.
+        task_right: usize,
+        /// Questions.
+        task_questions: usize,
+    },
     /// What the model wrote.
     Sample {
         /// Steps done.
@@ -62,7 +71,10 @@ impl Record {
     pub fn step(&self) -> u64 {
         match self {
             Record::Step(r) => r.step,
-            Record::HeldBack { step, .. } | Record::Sample { step, .. } | Record::Note { step, .. } => *step,
+            Record::HeldBack { step, .. }
+            | Record::Task { step, .. }
+            | Record::Sample { step, .. }
+            | Record::Note { step, .. } => *step,
         }
     }
 }

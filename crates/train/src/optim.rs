@@ -20,13 +20,15 @@ pub struct Optimiser {
     /// Gradients are scaled so that the norm of all of them together is at most this (Pascanu et al. 2013). `None`:
     /// not at all, and then no gradient has to wait for the others.
     pub clip: Option<f64>,
+    /// The learning rate of an adapter's B over that of A and of everything else (LoRA+, Hayou et al. 2024).
+    pub ratio_b: f64,
 }
 
 impl Default for Optimiser {
     /// Betas 0.9 and 0.95, decay 0.1, clipped at 1 (Brown et al. 2020, appendix B).
     fn default() -> Optimiser {
         let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-        Optimiser { adamw, muon: None, clip: Some(1.0) }
+        Optimiser { adamw, muon: None, clip: Some(1.0), ratio_b: 1.0 }
     }
 }
 
@@ -42,6 +44,9 @@ impl Optimiser {
             let scale = (t.full(&[1], clip) / norm.add_scalar(1e-6)).minimum(&t.full(&[1], 1.0));
             (norm, scale)
         });
+        // The rate and the step size grow; the third number belongs to the moments.
+        let of_b = (self.ratio_b != 1.0)
+            .then(|| t.concat(&[&rates.slice(0, 0, 2).mul_scalar(self.ratio_b), &rates.slice(0, 2, 3)], 0));
         let still = AdamW { weight_decay: 0.0, ..self.adamw };
         for ((name, w), g) in parameters.iter().zip(grads) {
             let g = clipped.as_ref().map_or(g.clone(), |(_, scale)| g * &scale.broadcast_to(&g.shape()));
@@ -50,7 +55,8 @@ impl Optimiser {
                 continue;
             }
             let group = if w.rank() > 1 { &self.adamw } else { &still };
-            group.update(name, w, &g, &rates);
+            let of_b = of_b.as_ref().filter(|_| name.ends_with(".lora_B.weight"));
+            group.update(name, w, &g, of_b.unwrap_or(&rates));
         }
         clipped.map(|(norm, _)| norm)
     }

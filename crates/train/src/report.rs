@@ -47,6 +47,18 @@ pub fn report(title: &str, config: &Config, receipt: &Receipt, records: &[Record
         loss.push(line("held back", 1, held));
     }
     report.plot(plot("Loss", "nats a token", loss));
+    let right: Vec<(f64, f64)> = records
+        .iter()
+        .filter_map(|r| match r {
+            Record::Task { step, task_right, task_questions } => {
+                Some((*step as f64, 100.0 * *task_right as f64 / *task_questions as f64))
+            }
+            _ => None,
+        })
+        .collect();
+    if !right.is_empty() {
+        report.plot(plot("Right answers to the task's questions", "%", vec![line("", 5, right)]));
+    }
     let norms = curve(&|s| s.grad_norm);
     if !norms.is_empty() {
         report.plot(plot("Norm of the gradients", "before clipping", vec![line("", 2, norms)]));
@@ -59,7 +71,7 @@ pub fn report(title: &str, config: &Config, receipt: &Receipt, records: &[Record
         match record {
             Record::Sample { step, sample } => samples.push([step.to_string(), sample.clone()]),
             Record::Note { step, note } => notes.push([step.to_string(), note.clone()]),
-            Record::Step(_) | Record::HeldBack { .. } => {}
+            Record::Step(_) | Record::HeldBack { .. } | Record::Task { .. } => {}
         }
     }
     for table in [samples, notes].into_iter().filter(|t| !t.rows.is_empty()) {

@@ -16,10 +16,13 @@ mod prepare;
 use crate::config::{Config, Receipt, Settings};
 use crate::data::{Batches, Corpus, PackedRows, Rows};
 use crate::learner::Base;
-use crate::lora::{self, Finetuned};
+use crate::lora::{self, Finetuned, Material};
 use crate::metrics::{Metrics, Record, StepRecord};
+use crate::step::Targets;
+use crate::task::Exam;
 use crate::verify::{self, Frozen};
 use crate::{Error, How, Learner, Outcome, checkpoint, checkpoint::Progress, report};
+use sparsam_engine::Opened;
 use sparsam_formats::{AtomicFile, Kind, Source};
 use sparsam_kernels::roof::{self, Arithmetic};
 use sparsam_kernels::{Context, Cpu};
@@ -44,6 +47,8 @@ pub enum Event<'a> {
     Step(&'a StepRecord),
     /// The held-back part was evaluated: steps done, mean loss.
     HeldBack(u64, f64),
+    /// The task's questions were answered: steps done, right answers, questions.
+    Task(u64, usize, usize),
     /// The model wrote something: steps done, text.
     Sample(u64, &'a str),
     /// A checkpoint is safe on the disk.
@@ -140,29 +145,64 @@ impl Run {
                 prepared
             }
         };
+        Run::assemble(folder, config, prepared)?.taken_up()
+    }
+
+    /// Starts a run that fine-tunes `opened` on rows of the caller's, with the `[finetune]` of `config`, or takes up the
+    /// one that is in `folder` already.
+    ///
+    /// # Errors
+    /// As [`Run::start`]; if the run in `folder` has other settings, or learns from something else.
+    pub fn on(folder: &Path, mut config: Config, opened: Opened, material: Material) -> Result<Run, Error> {
+        let prepared = lora::complete(&mut config, opened, material)?;
+        let settings_file = folder.join("config.toml");
+        if settings_file.exists() {
+            let before = Config::open(&settings_file)?;
+            if before != config {
+                return Err(Error::config(
+                    folder.display().to_string(),
+                    "holds a run with other settings or other examples; name another folder, or remove it",
+                ));
+            }
+            return Run::assemble(folder, config, prepared)?.taken_up();
+        }
         let mut run = Run::assemble(folder, config, prepared)?;
-        if let Some(result) = run.result() {
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        write_file(&settings_file, run.config.to_toml().as_bytes())?;
+        run.initialise()?;
+        Ok(run)
+    }
+
+    /// At its newest checkpoint; at its beginning if it has none.
+    fn taken_up(mut self) -> Result<Run, Error> {
+        if let Some(result) = self.result() {
             clear_unfinished(&result)?;
         }
-        match checkpoint::list(&run.checkpoints())?.last() {
-            Some(newest) => run.progress = checkpoint::load(newest, &mut run.learner)?,
-            None => run.initialise()?,
+        match checkpoint::list(&self.checkpoints())?.last() {
+            Some(newest) => self.progress = checkpoint::load(newest, &mut self.learner)?,
+            None => self.initialise()?,
         }
-        Ok(run)
+        Ok(self)
     }
 
     fn assemble(folder: &Path, config: Config, p: Prepared) -> Result<Run, Error> {
         let settings = p.settings;
         let device = Device::cpu(settings.threads)?;
+        // Of the little memory in which adapters are learnt, logits of a large vocabulary take a sixteenth.
+        let row_bytes = 4 * p.model.facts().vocab_size;
+        let loss_rows =
+            settings.memory.filter(|_| p.finetuned.is_some()).map(|m| (m / 16 / row_bytes).max(64));
         let how = How {
             rows: settings.batch,
             ctx: settings.ctx,
             accumulate: settings.accumulate,
+            targets: p.targets,
             optimiser: settings.optimiser,
             samples: settings.sample_every > 0,
             options: Options {
                 eager: settings.eager,
                 memory: settings.memory,
+                loss_rows,
                 precision: settings.compute.precision(),
                 ..Options::default()
             },
@@ -221,7 +261,7 @@ impl Run {
         }
     }
 
-    /// Whether the held-back loss has not fallen for as long as it may.
+    /// Whether nothing was better than the best for as long as that may be.
     fn gives_up(&self) -> bool {
         self.settings.patience > 0 && self.progress.stale >= self.settings.patience
     }
@@ -281,8 +321,9 @@ impl Run {
         }
         self.write_report()?;
         result?;
-        // Without held-back examples the last weights are the result; if nothing was better than the start, they are too.
-        if self.result().is_some_and(|r| self.held_back.is_none() || !r.exists()) {
+        // Without examples or questions to judge by the last weights are the result; if nothing was better than the start, they are too.
+        let judged = self.held_back.is_some() || self.exam().is_some();
+        if self.result().is_some_and(|r| !judged || !r.exists()) {
             self.write_result()?;
         }
         if saved != self.progress.step {
@@ -331,6 +372,7 @@ impl Run {
                 metrics.add(&Record::Note { step: 0, note })?;
             }
             self.evaluate(metrics, on)?;
+            self.examine(metrics, on)?;
         }
         while self.progress.step < self.settings.steps && !stop.load(Ordering::Relaxed) && !self.gives_up() {
             if self.progress.step < self.settings.verify {
@@ -345,8 +387,12 @@ impl Run {
                 due(step, s.sample_every, s.steps),
                 due(step, s.checkpoint_every, s.steps),
             );
+            let ask = self.exam().is_some_and(|e| step == s.steps || due(step, e.every, s.steps));
             if eval {
                 self.evaluate(metrics, on)?;
+            }
+            if ask {
+                self.examine(metrics, on)?;
             }
             if sample {
                 self.sample(metrics, on)?;
@@ -461,19 +507,45 @@ impl Run {
     fn evaluate(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let Some(loss) = self.held_back_loss()? else { return Ok(()) };
         let step = self.progress.step;
+        let by_task = self.exam().is_some();
         let p = &mut self.progress;
         p.held_back = Some(loss);
         let better = p.best.is_none_or(|best| loss < best);
-        p.stale = if better { 0 } else { p.stale + 1 };
         if better {
             p.best = Some(loss);
-            // What nothing was learnt for is no result.
-            if step > 0 {
-                self.write_result()?;
-            }
+        }
+        if !by_task {
+            self.judge(better)?;
         }
         metrics.add(&Record::HeldBack { step, held_back_loss: loss })?;
         on(Event::HeldBack(step, loss));
+        Ok(())
+    }
+
+    /// Counts an evaluation, and keeps what is better than all before.
+    fn judge(&mut self, better: bool) -> Result<(), Error> {
+        let p = &mut self.progress;
+        p.stale = if better { 0 } else { p.stale + 1 };
+        // What nothing was learnt for is no result.
+        if better && p.step > 0 { self.write_result() } else { Ok(()) }
+    }
+
+    fn exam(&self) -> Option<&Exam> {
+        self.finetuned.as_ref()?.exam.as_ref()
+    }
+
+    /// Right answers to the task's questions.
+    fn examine(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let (Some(tuned), Some(exam)) = (&self.finetuned, self.exam()) else { return Ok(()) };
+        let (step, questions) = (self.progress.step, exam.questions());
+        let right = exam.right(tuned, &self.learner, &self.folder.join("task"), self.settings.threads)?;
+        let better = self.progress.right.is_none_or(|most| right as u64 > most);
+        if better {
+            self.progress.right = Some(right as u64);
+        }
+        self.judge(better)?;
+        metrics.add(&Record::Task { step, task_right: right, task_questions: questions })?;
+        on(Event::Task(step, right, questions));
         Ok(())
     }
 
@@ -566,6 +638,7 @@ pub(crate) struct Prepared {
     pub settings: Settings,
     pub receipt: Receipt,
     pub base: Base,
+    pub targets: Targets,
     pub finetuned: Option<Finetuned>,
 }
 

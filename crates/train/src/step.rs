@@ -107,14 +107,92 @@ fn finish(t: &Trace, loss: &Tensor, norm: Option<&Tensor>) -> Result<Graph, Trac
     t.finish(&outputs)
 }
 
+/// Which rows of a batch the head computes logits for, and what their losses count.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Targets {
+    /// At most so many rows of a batch have a target, and only these get logits; `None`: all do.
+    pub rows: Option<usize>,
+    /// Each target's loss counts as [`crate::data::PackedRows::weights`] say; these are all that it is multiplied by.
+    /// Otherwise it is the mean over all targets of a step.
+    pub weighted: bool,
+    /// Another model's probabilities that are learnt beside the targets.
+    pub soft: Option<Soft>,
+}
+
+/// Learning from another model's probabilities (Hinton et al. 2015), of which the largest few are kept; what the others
+/// come to together is one more.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Soft {
+    /// Probabilities that are kept for each target.
+    pub top: usize,
+    /// Tokens of the vocabulary.
+    pub vocab_size: usize,
+    /// The share of the loss that they have; the targets have the rest.
+    pub share: f64,
+    /// `KL(student || teacher)`, which keeps to what the teacher finds likely (Gu et al. 2024), instead of
+    /// `KL(teacher || student)`, which covers all of it.
+    pub reverse: bool,
+}
+
+impl Targets {
+    /// Whether a step has the input `weights`: probabilities, unlike targets, do not say which rows count.
+    pub(crate) fn has_weights(&self) -> bool {
+        self.weighted || self.soft.is_some()
+    }
+
+    /// A batch of `n_tokens` packed tokens.
+    pub fn batch(&self, n_tokens: usize) -> Batch {
+        let batch = Batch::packed(n_tokens);
+        match self.rows {
+            Some(rows) => batch.with_logit_rows(rows),
+            None => batch,
+        }
+    }
+}
+
 /// Next-token cross-entropy of `model` over `batch`: the sum over all rows with a target of `-log p(target)`, times
 /// the input `loss_scale` (F32 (1); one over the number of targets makes it the mean). (1).
 ///
-/// Inputs beside those of `batch`: `targets` I32 (N), [`NO_TARGET`] where a row has none, and `loss_scale`.
+/// Inputs beside those of `batch`: `targets` I32 (R), [`NO_TARGET`] where a row has none, and `loss_scale`; `weights` F32
+/// (R), by which each row's loss is multiplied, if they are `weighted` or `soft`; `soft_at` I32 (R top), places in the logits, and
+/// `soft_p` F32 (R, top), if they are `soft`.
 #[track_caller]
-pub fn language_model_loss(t: &Trace, model: &Model, batch: &Batch) -> Tensor {
-    let logits = model.trace(t, batch); // (N, vocab)
-    let targets = t.input("targets", &[batch.n_logits()], DType::I32);
-    let losses = logits.cross_entropy(&targets); // (N)
+pub fn language_model_loss(t: &Trace, model: &Model, batch: &Batch, how: &Targets) -> Tensor {
+    let logits = model.trace(t, batch); // (R, vocab)
+    let r = batch.n_logits();
+    let mut losses = logits.cross_entropy(&t.input("targets", &[r], DType::I32)); // (R)
+    if let Some(soft) = &how.soft {
+        losses = losses.mul_scalar(1.0 - soft.share) + divergence(t, &logits, soft).mul_scalar(soft.share);
+    }
+    if how.has_weights() {
+        losses = losses * t.input("weights", &[r], DType::F32);
+    }
     losses.sum(&[0]) * t.input("loss_scale", &[1], DType::F32)
+}
+
+/// Probabilities below are taken for this: logarithms stay finite.
+const LEAST: f64 = 1e-6;
+
+/// The divergence between the probabilities that logits (R, vocab) give and those of `soft_p`, over the tokens of these
+/// and all others together: (R).
+#[track_caller]
+fn divergence(t: &Trace, logits: &Tensor, soft: &Soft) -> Tensor {
+    let (r, vocab) = (logits.dim(0), logits.dim(1));
+    let at = t.input("soft_at", &[r * soft.top], DType::I32);
+    let p = t.input("soft_p", &[r, soft.top], DType::F32);
+    let largest = logits.max(&[1]); // (R, 1)
+    let log_sum = (logits - &largest).exp().sum(&[1]).log() + largest; // (R, 1)
+    let chosen = logits.reshape(&[r * vocab, 1]).gather(&at).reshape(&[r, soft.top]);
+    let log_q = chosen - log_sum; // (R, top)
+    let least = |x: &Tensor| x.maximum(&t.full(&x.shape(), LEAST));
+    // What the tokens that are not kept come to.
+    let rest = |x: &Tensor| least(&x.sum(&[1]).mul_scalar(-1.0).add_scalar(1.0)); // (R, 1)
+    let (q, p) = (log_q.exp(), least(&p));
+    let (rest_q, rest_p) = (rest(&q), rest(&p));
+    let (log_p, log_rest_q, log_rest_p) = (p.log(), rest_q.log(), rest_p.log());
+    let terms = match soft.reverse {
+        false => (&p * &(&log_p - &log_q)).sum(&[1]) + rest_p * (log_rest_p - log_rest_q),
+        true => (&q * &(&log_q - &log_p)).sum(&[1]) + rest_q * (log_rest_q - log_rest_p),
+    };
+    terms.reshape(&[r])
 }

@@ -7,7 +7,7 @@
 
 use crate::Error;
 use crate::data::PackedRows;
-use crate::learner::{Learner, inputs};
+use crate::learner::{Fed, Learner};
 use crate::optim::RATES;
 use sparsam_formats::{AtomicFile, TensorSpec, safetensors};
 use sparsam_ir::interpret::{Leaves, Rounding, Value, interpret};
@@ -46,7 +46,8 @@ impl Frozen {
         let mut leaves = HashMap::new();
         let scale = [1.0 / rows.n_targets().max(1) as f32];
         let rates = learner.how().optimiser.adamw.rates(lr, t);
-        let given = inputs(rows, &scale).into_iter().chain([(RATES, Data::F32(&rates))]);
+        let fed = Fed::new(rows, &learner.how().targets);
+        let given = fed.inputs(&scale).into_iter().chain([(RATES, Data::F32(&rates))]);
         for (name, data) in given {
             let (n, dtype, bytes) = match data {
                 Data::F32(x) => (x.len(), DType::F32, bytemuck::cast_slice(x).to_vec()),
@@ -473,6 +474,7 @@ mod tests {
             rows: 2,
             ctx: 8,
             accumulate: 1,
+            targets: Default::default(),
             optimiser: Optimiser::default(),
             samples: false,
             options: Options::default(),

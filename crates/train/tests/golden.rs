@@ -51,10 +51,12 @@ fn learner(g: &Golden, accumulate: usize, options: Options) -> Learner {
         rows: g.shape[1] / accumulate,
         ctx: g.shape[2] - 1,
         accumulate,
+        targets: Default::default(),
         optimiser: Optimiser {
             adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
             muon: None,
             clip: Some(0.5),
+            ..Optimiser::default()
         },
         samples: false,
         options,

@@ -5,8 +5,13 @@ use sparsam_engine::{Engine, Feed, Options, Plan, TrainedAdapter, Want, merge, o
 use sparsam_formats::Kind;
 use sparsam_formats::safetensors::File;
 use sparsam_models::adapter::{Adapter, LowRank};
+use sparsam_runtime::Device;
 use sparsam_train::config::Config;
-use sparsam_train::{Run, metrics};
+use sparsam_train::data::PackedRows;
+use sparsam_train::dialogue::Example;
+use sparsam_train::optim::Optimiser;
+use sparsam_train::step::{Soft, Targets};
+use sparsam_train::{Base, How, Learner, Run, metrics};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -179,6 +184,172 @@ fn a_run_that_is_stopped_and_taken_up_again_gives_the_same_adapter() {
     assert_ne!(of(&[]), of(&[(whole.join("adapter"), 1.0)]));
 }
 
+/// A learner of an adapter on every layer of the tiny model, A from a formula.
+fn learner(targets: Targets, ratio_b: f64) -> Learner {
+    let opened = open(&golden().join("tiny")).unwrap();
+    let scaled = LowRank { rank: 3, scale: 2.0 };
+    let layers = opened.model.linear_layers().unwrap();
+    let adapter = Adapter::new(layers.into_iter().map(|l| (l.module, scaled)));
+    let model = opened.model.clone().with_adapters(vec![adapter]).unwrap();
+    let optimiser = Optimiser { clip: None, ratio_b, ..Optimiser::default() };
+    let how = How {
+        rows: 1,
+        ctx: 24,
+        accumulate: 1,
+        targets,
+        optimiser,
+        samples: false,
+        options: sparsam_runtime::Options::default(),
+    };
+    let base = Base { weights: opened.weights().unwrap(), trained: |name| name.contains(".lora_"), seed: 0 };
+    let mut learner = Learner::over(&model, how, &Device::cpu(1).unwrap(), base).unwrap();
+    for p in learner.parameters().to_vec().iter().filter(|p| p.name.contains("lora_A")) {
+        let values: Vec<f32> =
+            (0..p.shape.iter().product()).map(|i: usize| (i as f32 * 0.7).sin() / 4.0).collect();
+        learner.set_state(&p.name, &values).unwrap();
+    }
+    learner
+}
+
+/// A row of two examples, of which a part is learnt.
+fn packed(weights: &[f32]) -> PackedRows {
+    let mut rows = PackedRows::default();
+    for (n, start) in [(9u32, 3), (13, 8)] {
+        rows.push_example(&Example {
+            tokens: (0..n).map(|i| (i * 37 + n) % 320).collect(),
+            learnt: (0..n as usize).map(|i| i >= start).collect(),
+            cut: 0,
+            place: (0, 0),
+        });
+    }
+    let mut given = weights.iter();
+    rows.weights = match weights {
+        [] => Vec::new(),
+        _ => rows.targets.iter().map(|&t| if t < 0 { 9.0 } else { *given.next().unwrap() }).collect(),
+    };
+    rows.pad_to(24);
+    rows
+}
+
+#[test]
+fn rows_without_a_target_need_no_logits() {
+    let of = |targets: Targets, rows: &PackedRows| {
+        let mut l = learner(targets, 1.0);
+        let losses: Vec<f64> =
+            (1..=3).map(|t| l.step(std::slice::from_ref(rows), t, 1e-2).unwrap().loss).collect();
+        (losses, l.evaluate(rows).unwrap())
+    };
+    let rows = packed(&[]);
+    assert_eq!(rows.n_targets(), 11);
+    let all = of(Targets::default(), &rows);
+    let some = of(Targets { rows: Some(16), ..Targets::default() }, &rows);
+    let near = |a: f64, b: f64| (a - b).abs() < 1e-5;
+    assert!(all.0.iter().zip(&some.0).all(|(&a, &b)| near(a, b)), "{all:?} {some:?}");
+    assert!(near(all.1.0, some.1.0) && some.1.1 == 11);
+    // Equal weights are the mean; with other ones, one target alone is what counts.
+    let weighted = |rows| Targets { rows, weighted: true, ..Targets::default() };
+    let same = of(weighted(Some(16)), &packed(&[1.0 / 11.0; 11]));
+    assert!(same.0.iter().zip(&some.0).all(|(&a, &b)| near(a, b)), "{same:?}");
+    let mut one = [0.0; 11];
+    one[4] = 1.0;
+    let counted = of(weighted(None), &packed(&one));
+    let mut alone = rows.clone();
+    let at: Vec<usize> = (0..24).filter(|&i| rows.targets[i] >= 0).collect();
+    (0..24).filter(|&i| i != at[4]).for_each(|i| alone.targets[i] = -1);
+    let want = of(Targets::default(), &alone);
+    assert!(near(counted.0[0], want.0[0]), "{counted:?} {want:?}");
+}
+
+/// The divergence in f64 from the logits of the model alone (B is 0), against the loss that a step has.
+#[test]
+fn another_models_probabilities_are_learnt() {
+    let (vocab_size, top) = (320, 3);
+    let mut rows = packed(&[]);
+    let given: [(u32, f32); 3] = [(5, 0.5), (77, 0.2), (319, 0.1)];
+    rows.soft = (0..24).flat_map(|_| given).collect();
+    // All logits of both examples, by the engine.
+    let engine = Engine::load(&golden().join("tiny"), &exact(&[])).unwrap();
+    let at: Vec<usize> = (0..24).filter(|&i| rows.targets[i] >= 0).collect();
+    let starts = [(0usize, 8usize), (8, 20)];
+    let all: Vec<f32> = starts
+        .iter()
+        .flat_map(|&(a, b)| logits(&engine, &rows.tokens[a..b].iter().map(|&t| t as u32).collect::<Vec<_>>()))
+        .collect();
+    let log_q = |row: usize| -> Vec<f64> {
+        let x = &all[row * vocab_size..][..vocab_size];
+        let most = x.iter().fold(f64::MIN, |m, &v| m.max(f64::from(v)));
+        let sum = x.iter().map(|&v| (f64::from(v) - most).exp()).sum::<f64>().ln() + most;
+        x.iter().map(|&v| f64::from(v) - sum).collect()
+    };
+    for (reverse, share) in [(false, 1.0), (true, 1.0), (false, 0.25)] {
+        let mean = at.iter().map(|&row| {
+            let log_q = log_q(row);
+            let q = given.map(|(id, _)| log_q[id as usize].exp());
+            let rest_q = (1.0 - q.iter().sum::<f64>()).max(1e-6);
+            let pairs = given.iter().map(|&(_, p)| f64::from(p)).zip(q).chain([(0.2, rest_q)]);
+            let of = |(p, q): (f64, f64)| if reverse { q * (q / p).ln() } else { p * (p / q).ln() };
+            share * pairs.map(of).sum::<f64>() - (1.0 - share) * log_q[rows.targets[row] as usize]
+        });
+        let want = mean.sum::<f64>() / at.len() as f64;
+        let soft = Some(Soft { top, vocab_size, share, reverse });
+        for limit in [None, Some(16)] {
+            let mut l = learner(Targets { rows: limit, soft, ..Targets::default() }, 1.0);
+            let losses: Vec<f64> =
+                (1..=6).map(|t| l.step(std::slice::from_ref(&rows), t, 1e-2).unwrap().loss).collect();
+            assert!((losses[0] - want).abs() < 1e-4, "{reverse} {share} {limit:?}: {losses:?}, not {want}");
+            assert!(losses[5] < losses[0], "{losses:?}");
+        }
+    }
+}
+
+#[test]
+fn b_has_a_rate_of_its_own() {
+    let moved = |ratio| {
+        let mut l = learner(Targets::default(), ratio);
+        let before: Vec<Vec<f32>> =
+            l.parameters().to_vec().iter().map(|p| l.state(&p.name).unwrap().to_vec()).collect();
+        l.step(&[packed(&[])], 1, 1e-2).unwrap();
+        let of = |l: &Learner, part: &str| -> f64 {
+            let all = l.parameters().iter().zip(&before).filter(|(p, _)| p.name.contains(part));
+            let apart = |(p, before): (&sparsam_models::Parameter, &Vec<f32>)| {
+                let now = l.state(&p.name).unwrap();
+                now.iter().zip(before).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>()
+            };
+            all.map(apart).sum()
+        };
+        (of(&l, "lora_A"), of(&l, "lora_B"))
+    };
+    let (plain, four) = (moved(1.0), moved(4.0));
+    // B is 0 at first, so A has no gradient yet; only its decay moves it. B's first step is its rate, whatever its gradient.
+    assert!((plain.0 - four.0).abs() < 1e-6 * plain.0.max(1.0), "{plain:?} {four:?}");
+    assert!((four.1 / plain.1 - 4.0).abs() < 1e-3, "{plain:?} {four:?}");
+}
+
+#[test]
+fn an_adapter_knows_the_dialogues_it_was_trained_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut run = Run::start(&out, workplace(dir.path())).unwrap();
+    let stop = AtomicBool::new(false);
+    run.go(&stop, &mut |e| {
+        if matches!(e, sparsam_train::Event::Step(_)) {
+            stop.store(true, Ordering::Relaxed);
+        }
+    })
+    .unwrap();
+    let model = dir.path().join("model");
+    let adapters = [(out.join("adapter"), 1.0)];
+    Engine::load(&model, &exact(&adapters)).unwrap();
+    let config = model.join("tokenizer_config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    assert!(text.contains("a:{% endif %}"));
+    std::fs::write(&config, text.replace("a:{% endif %}", "A:{% endif %}")).unwrap();
+    let e = Engine::load(&model, &exact(&adapters)).err().unwrap().to_string();
+    assert!(e.contains("probes.json") && e.contains("dogs.a:\"\n+ \"u:"), "{e}");
+    // Without the adapter the model does as it likes.
+    Engine::load(&model, &exact(&[])).unwrap();
+}
+
 #[test]
 fn other_methods_and_types_learn_too() {
     let dir = tempfile::tempdir().unwrap();
@@ -188,6 +359,20 @@ fn other_methods_and_types_learn_too() {
         (Some("Q8_0".into()), vec!["q_proj".into(), "v_proj".into()], Some(0.0));
     let mut run = Run::start(&dir.path().join("q8"), c).unwrap();
     assert_eq!(run.learner().parameters().len(), 8);
+    let first = run.held_back_loss().unwrap().unwrap();
+    let done = run.go(&AtomicBool::new(false), &mut |_| {}).unwrap();
+    assert!(done.progress.best.unwrap() < first);
+
+    // The narrowest layers have 32 inputs, half a block of NF4: those stay as they are.
+    let mut c = workplace(dir.path());
+    c.finetune.as_mut().unwrap().method = Some(sparsam_train::lora::Method::Qlora);
+    let mut run = Run::start(&dir.path().join("nf4"), c).unwrap();
+    let weights = run.learner().session().weights().clone();
+    let dtype = |name: &str| weights.shapes()[&format!("model.layers.1.mlp.{name}.weight")].1;
+    assert_eq!(
+        [dtype("down_proj"), dtype("up_proj")],
+        [sparsam_dtype::DType::NF4, sparsam_dtype::DType::F32]
+    );
     let first = run.held_back_loss().unwrap().unwrap();
     let done = run.go(&AtomicBool::new(false), &mut |_| {}).unwrap();
     assert!(done.progress.best.unwrap() < first);

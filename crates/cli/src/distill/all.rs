@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use serde_json::json;
 use sparsam_distill::record;
+use sparsam_distill::student::Student;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use toml::{Table, Value};
@@ -184,11 +185,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         if STOPPED.load(Ordering::Relaxed) {
             bail!("stopped; the same command goes on from here");
         }
-        if Path::new(&at(name)).exists() {
+        if Student::open(Path::new(&at(name)))?.is_some() {
             eprintln!("{}: is there already", at(name));
             continue;
         }
         teach::run(args)?;
+    }
+    if STOPPED.load(Ordering::Relaxed) {
+        bail!("stopped; the same command goes on from here");
     }
     eval::run(eval_args)
 }

@@ -94,7 +94,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 );
             }
         }
-        let engine = args.load.engine(model, Some(args.ctx))?;
+        // A student of adapters is its base with them.
+        let base = student.as_ref().and_then(|s| s.base.clone());
+        let engine = match base {
+            Some(base) => {
+                let mut load = args.load.clone();
+                load.adapter.push((path.clone(), 1.0));
+                load.engine(&base.display().to_string(), Some(args.ctx))?
+            }
+            None => args.load.engine(model, Some(args.ctx))?,
+        };
         let bar = text::bar(questions.len() as u64, name);
         let mut progress = |n: usize| bar.set_position(n as u64);
         contenders.push(eval::ask_model(

@@ -9,16 +9,18 @@ use anyhow::{Context, bail};
 use serde_json::json;
 use sparsam_distill::ask;
 use sparsam_distill::record::{self, Record};
+use sparsam_distill::soft::Teacher;
 use sparsam_distill::stats;
 use sparsam_distill::student::{Student, Variant};
-use sparsam_distill::teach::{self, Config, Progress};
-use sparsam_dtype::DType;
-use sparsam_engine::Opened;
+use sparsam_distill::teach::{self, Config, Lesson, Teaching};
+use sparsam_engine::{Engine, Opened, Options};
 use sparsam_plan::forecast::{Forecast, Interval};
+use sparsam_train::Event;
+use sparsam_train::config::SaveAs;
+use sparsam_train::lora::Method;
 use std::collections::HashSet;
-use std::io::Write;
-use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Teach a small model a teacher's answers and reasons
@@ -28,6 +30,7 @@ use std::time::Instant;
   sparsam distill teach small.gguf --answers answers.jsonl --task arithmetic --held-back 0.25 --variant label-only \\
       --out control
 
+The same command goes on where it was stopped or killed.
 Then: sparsam distill eval problems.jsonl --task arithmetic --held-back 0.25 --model student --model control")]
 pub struct Args {
     /// The student: a model as `sparsam run` takes it
@@ -57,24 +60,46 @@ pub struct Args {
     /// Times that each question is seen
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     epochs: u32,
-    /// The highest learning rate
-    #[arg(long, default_value_t = 1e-4, value_name = "RATE")]
-    lr: f64,
+    /// The highest learning rate [default: 1e-4; with adapters, from the model's width]
+    #[arg(long, value_name = "RATE")]
+    lr: Option<f64>,
+    /// What is trained: full (all weights), lora (adapters), or qlora (adapters over linear layers in NF4)
+    #[arg(long, default_value = "full", value_name = "NAME", value_parser = method)]
+    method: Method,
+    /// Rank of adapters [default: 16]
+    #[arg(long, value_name = "N")]
+    rank: Option<usize>,
     /// Tokens of a step
     #[arg(long, default_value_t = 1024, value_name = "N", value_parser = positive)]
     step_tokens: usize,
     /// The share of the loss that reasons have (step-by-step)
     #[arg(long, default_value_t = 0.5, value_name = "P")]
     rationale_weight: f64,
+    /// A local model of the same vocabulary whose probabilities of each token are learnt, too
+    #[arg(long, value_name = "MODEL")]
+    soft_labels: Option<String>,
+    /// Their share of the loss [default: 0.5; all of it with --on-policy]
+    #[arg(long, value_name = "P", requires = "soft_labels")]
+    soft_share: Option<f64>,
+    /// Which divergence from them is lowered: forward (cover all that the teacher may say) or reverse (keep to what it
+    /// finds likely)
+    #[arg(long, default_value = "forward", value_name = "KIND", value_parser = ["forward", "reverse"], requires = "soft_labels")]
+    kl: String,
+    /// The student first writes answers of its own, and learns the probabilities that --soft-labels gives in these
+    #[arg(long, requires = "soft_labels")]
+    on_policy: bool,
     /// Of the order of the questions, and of which are learnt from where --share is below 1
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Steps between checkpoints [default: a quarter of the run]
+    #[arg(long, value_name = "N")]
+    checkpoint_every: Option<u64>,
     /// Threads (0: all cores)
     #[arg(long, short = 't', default_value_t = 0)]
     threads: usize,
-    /// Type of the student's weights: F32, F16 or BF16
+    /// Type of the student's weights where all are trained: F32, F16 or BF16
     #[arg(long = "type", default_value = "F32", value_name = "TYPE", value_parser = weight_type)]
-    dtype: DType,
+    save_as: SaveAs,
     /// Teach for some seconds, throw the student away, and say what all would take
     #[arg(long)]
     dry_run: bool,
@@ -131,10 +156,19 @@ fn variant(name: &str) -> Result<Variant, String> {
         .ok_or_else(|| "label-only, rationale-first or step-by-step is wanted".into())
 }
 
-fn weight_type(name: &str) -> Result<DType, String> {
-    DType::from_name(name)
-        .filter(|d| [DType::F32, DType::F16, DType::BF16].contains(d))
-        .ok_or_else(|| "F32, F16 or BF16 is wanted".into())
+fn method(name: &str) -> Result<Method, String> {
+    match name {
+        "full" => Ok(Method::Full),
+        "lora" => Ok(Method::Lora),
+        "qlora" => Ok(Method::Qlora),
+        _ => Err("full, lora or qlora is wanted".into()),
+    }
+}
+
+fn weight_type(name: &str) -> Result<SaveAs, String> {
+    let known = [SaveAs::F32, SaveAs::F16, SaveAs::Bf16];
+    let of = known.into_iter().find(|s| s.dtype().name().eq_ignore_ascii_case(name));
+    of.ok_or_else(|| "F32, F16 or BF16 is wanted".into())
 }
 
 /// What is learnt from: the majority of each file's answers, without what is held back.
@@ -171,12 +205,53 @@ pub fn trial(args: &Args, times: f64) -> anyhow::Result<Forecast> {
     teach(args, Some(times))?.context("a trial ends with a forecast")
 }
 
-/// What teaching takes, weights and moments in f32 and the saved student, when `seconds` are known.
-fn forecast(args: &Args, opened: &Opened, seconds: Interval, ledger: &Ledger) -> anyhow::Result<Forecast> {
-    let parameters = opened.model.n_parameters()? as f64;
-    let memory = expected::measured(4.0 * parameters, 8.0 * parameters);
-    let disk = parameters * args.dtype.bits() / 8.0 + 2e7;
-    Ok(Forecast::timed("distill teach", seconds, memory, disk, ledger.machine()))
+/// What teaching takes when `seconds` are known: weights and moments in f32 and the saved student, or those of an adapter
+/// of `trained` parameters.
+fn forecast(
+    args: &Args,
+    parameters: f64,
+    trained: f64,
+    seconds: Interval,
+    ledger: &Ledger,
+) -> anyhow::Result<Forecast> {
+    let (weights, saved) = match args.method {
+        Method::Full => (4.0 * parameters, parameters * args.save_as.dtype().bits() / 8.0),
+        Method::Lora | Method::Qlora => (4.0 * trained, 4.0 * trained),
+    };
+    let memory = expected::measured(weights, 8.0 * trained);
+    Ok(Forecast::timed("distill teach", seconds, memory, saved + 2e7, ledger.machine()))
+}
+
+/// How the student is taught.
+fn config(args: &Args) -> Config {
+    Config {
+        variant: args.variant,
+        epochs: args.epochs,
+        lr: args.lr,
+        step_tokens: args.step_tokens,
+        rationale_weight: args.rationale_weight,
+        seed: args.seed,
+        threads: args.threads,
+        method: args.method,
+        rank: args.rank,
+        checkpoint_every: args.checkpoint_every,
+        save_as: args.save_as,
+        on_policy: args.on_policy,
+    }
+}
+
+/// Opens the student and begins to teach it in `out`, or takes it up.
+fn begin(args: &Args, out: &Path, opened: Opened, lessons: &[Lesson]) -> anyhow::Result<Teaching> {
+    let engine = match &args.soft_labels {
+        Some(name) => {
+            let exact = Options { threads: args.threads, exact: true, ..Options::default() };
+            Some(Engine::load(&model::resolve(name)?, &exact)?)
+        }
+        None => None,
+    };
+    let share = args.soft_share.unwrap_or(if args.on_policy { 1.0 } else { 0.5 });
+    let soft = engine.as_ref().map(|engine| Teacher { engine, share, reverse: args.kl == "reverse" });
+    Ok(teach::teach(out, opened, &args.task.template()?, lessons, &config(args), soft.as_ref())?)
 }
 
 /// Teaches a student; with `trial`, for some seconds, and gives the forecast for that many times the answers.
@@ -186,102 +261,98 @@ fn teach(args: &Args, trial: Option<f64>) -> anyhow::Result<Option<Forecast>> {
     if !(args.share > 0.0 && args.share <= 1.0) {
         bail!("--share is {}: above 0 and up to 1 is possible", args.share);
     }
-    if args.out.exists() {
+    if Student::open(&args.out)?.is_some() {
         bail!("{}: is there already; choose another --out", args.out.display());
     }
+    if args.out.exists() && !args.out.join("run").exists() && args.out.read_dir()?.next().is_some() {
+        bail!("{}: is a folder of something else; choose another --out", args.out.display());
+    }
+    // Where a trial works; thrown away with it.
+    let thrown = trial.map(|_| tempfile::tempdir()).transpose()?;
+    let out = thrown.as_ref().map_or(args.out.as_path(), |folder| folder.path());
     let template = args.task.template()?;
-    let records = chosen(args, template.task)?;
-    let lessons = teach::lessons(&records, args.true_labels)?;
-    let base = model::resolve(&args.model)?;
-    let opened = sparsam_engine::open(&base)?;
+    let lessons = teach::lessons(&chosen(args, template.task)?, args.true_labels)?;
+    let opened = sparsam_engine::open(&std::path::absolute(model::resolve(&args.model)?)?)?;
+    let base = opened.source.path().to_path_buf();
+    let parameters = opened.model.n_parameters()? as f64;
     let mut ledger = Ledger::new("distill teach", expected::machine(args.threads, &args.out), began);
     ledger.parent("base", &base);
     for file in &args.answers {
         ledger.parent("answers", file);
     }
-    let config = Config {
-        variant: args.variant,
-        epochs: args.epochs,
-        lr: args.lr,
-        step_tokens: args.step_tokens,
-        rationale_weight: args.rationale_weight,
-        seed: args.seed,
-        threads: args.threads,
-    };
+    let mut teaching = begin(args, out, opened, &lessons)?;
+    let s = teaching.run.settings().clone();
     eprintln!(
-        "{} questions, {} epochs, {}, learning rate {}, {} tokens a step",
+        "{} questions, {} epochs, {}, learning rate {}, {} steps of {} tokens",
         lessons.len(),
-        config.epochs,
-        config.variant.name(),
-        config.lr,
-        config.step_tokens
+        args.epochs,
+        args.variant.name(),
+        s.schedule.lr,
+        s.steps,
+        args.step_tokens
     );
-    let stopped = super::catch_interrupt()?;
-    let mut bar = None;
-    let mut metrics: Vec<u8> = Vec::new();
-    let mut last = None;
-    let mut start = Instant::now();
-    let (mut rate, mut time) = (Rate::new(), None);
-    let taught = teach::teach(&opened, &template, &lessons, &config, &mut |p: Progress| {
-        let bar = bar.get_or_insert_with(|| text::bar(p.steps, "teaching"));
-        bar.set_position(p.step);
-        let line = json!({"step": p.step, "loss": p.loss, "grad_norm": p.grad_norm, "tokens": p.tokens});
-        let _ = writeln!(metrics, "{line}");
-        if p.step == 1 {
-            // The first step also makes room in memory; rates count from there.
-            start = Instant::now();
-        }
-        last = Some((p, start.elapsed()));
-        let steps = p.steps as f64 * trial.unwrap_or(1.0);
-        time = time.or_else(|| rate.after(p.step as f64 / steps, &ledger));
-        let told = trial.is_some() && time.is_some();
-        !stopped.load(Ordering::Relaxed) && !told
-    })?;
-    if let Some(bar) = bar {
-        bar.finish_and_clear();
+    let before = teaching.run.progress().step;
+    if before > 0 {
+        eprintln!("going on behind step {before}");
     }
+    let trained = teaching.run.receipt().parameters as f64;
+    let (stopped, stop) = (super::catch_interrupt()?, AtomicBool::new(false));
+    let bar = text::bar(s.steps, "teaching");
+    // The first step also makes room in memory; rates count from there.
+    let (mut tokens, mut seconds, mut loss, mut last) = (0.0, 0.0, f64::NAN, None);
+    let (mut rate, mut time) = (Rate::new(), None);
+    let finished = teaching.run.go(&stop, &mut |event| match event {
+        Event::Step(r) => {
+            bar.set_position(r.step);
+            loss = r.loss;
+            if let Some(last) = last.replace(r.seconds) {
+                (tokens, seconds) =
+                    (tokens + r.tokens_per_second * (r.seconds - last), seconds + r.seconds - last);
+            }
+            let share = (r.step - before) as f64 / ((s.steps - before) as f64 * trial.unwrap_or(1.0));
+            time = time.or_else(|| rate.after(share, &ledger));
+            let told = trial.is_some() && time.is_some();
+            stop.fetch_or(told || stopped.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        Event::Note(note) => eprintln!("{note}"),
+        _ => {}
+    })?;
+    bar.finish_and_clear();
     if let Some(times) = trial {
         // All was taught within the trial: that is what it takes, as often as is asked for.
         let whole = || Interval::around(ledger.elapsed(), 0.0).times(times);
-        return forecast(args, &opened, time.unwrap_or_else(whole), &ledger).map(Some);
+        return forecast(args, parameters, trained, time.unwrap_or_else(whole), &ledger).map(Some);
     }
     if let Some(seconds) = time {
-        ledger.expect(forecast(args, &opened, seconds, &ledger)?);
+        ledger.expect(forecast(args, parameters, trained, seconds, &ledger)?);
     }
-    taught.save(&opened, &args.out, args.dtype)?;
+    let (step, rate) = (finished.progress.step, if seconds > 0.0 { tokens / seconds } else { 0.0 });
+    if !finished.complete {
+        text::say(format!("stopped behind step {step} of {}; the same command goes on", s.steps))?;
+        return Ok(None);
+    }
+    teaching.finish(&finished)?;
     let student = Student {
         variant: args.variant,
         task: template.task,
         held_back: args.split.ten_thousandths(),
         split_seed: args.split.split_seed,
+        base: (args.method != Method::Full).then_some(base),
     };
     student.save(&args.out)?;
-    let file = args.out.join("metrics.jsonl");
-    std::fs::write(&file, metrics).with_context(|| format!("{}: cannot be written", file.display()))?;
-    let Some((p, time)) = last else { return Ok(None) };
-    let comparison = ledger.finish(&args.out, Some(p.tokens as f64))?;
-    let rate = p.tokens as f64 * (p.step - 1) as f64 / p.step as f64 / time.as_secs_f64();
+    let comparison = ledger.finish(&args.out, Some(finished.progress.targets as f64))?;
     if args.json {
         text::say_json(&json!({
             "questions": lessons.len(),
-            "steps": p.step,
-            "loss": p.loss,
-            "tokens": p.tokens,
+            "steps": step,
+            "loss": loss,
+            "targets": finished.progress.targets,
             "tokens_per_second": rate,
             "folder": args.out.display().to_string(),
         }))?;
         return Ok(None);
     }
-    if p.step < p.steps {
-        text::say(format!("stopped behind step {} of {}", p.step, p.steps))?;
-    }
-    text::say(format!(
-        "{}: {} steps, {} tokens, {rate:.0} tokens a second, loss {:.4}",
-        args.out.display(),
-        p.step,
-        p.tokens,
-        p.loss
-    ))?;
+    text::say(format!("{}: {step} steps, {rate:.0} tokens a second, loss {loss:.4}", args.out.display()))?;
     if let Some(table) = comparison {
         text::say(format_args!("\n{}", table.to_text(100).trim_end()))?;
     }

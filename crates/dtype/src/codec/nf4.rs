@@ -137,7 +137,9 @@ pub(super) fn encode(x: &[f32], out: &mut [u8]) {
     let largest = |x: &[f32]| x.iter().fold(0f32, |m, v| m.max(v.abs()));
     let bounds: [f32; 15] = std::array::from_fn(|i| (LEVELS[i] + LEVELS[i + 1]) / 2.0);
     let magnitudes: Vec<f32> = x.as_chunks::<BLOCK>().0.iter().map(|b| largest(b)).collect();
-    for ((x, codes), &m) in x.as_chunks::<BLOCK>().0.iter().zip(codes.as_chunks_mut::<32>().0).zip(&magnitudes) {
+    for ((x, codes), &m) in
+        x.as_chunks::<BLOCK>().0.iter().zip(codes.as_chunks_mut::<32>().0).zip(&magnitudes)
+    {
         let inverse = 1.0 / m.max(SMALLEST);
         let code = |v: f32| bounds.iter().map(|&b| u8::from((v * inverse).clamp(-1.0, 1.0) > b)).sum::<u8>();
         for (two, pair) in codes.iter_mut().zip(x.as_chunks::<2>().0) {

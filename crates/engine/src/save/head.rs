@@ -2,6 +2,7 @@
 
 use super::Plan;
 use crate::Error;
+use crate::probes::{PROBES_FILE, PROBES_KEY, Probes};
 use serde_json::{Map, Value, json};
 use sparsam_dtype::DType;
 use sparsam_formats::gguf::{Array, Metadata, Value as Gguf};
@@ -40,12 +41,21 @@ pub(super) fn gguf(
             let vocab = tokenizer.to_gguf(model.facts().vocab_size);
             let vocab = vocab.map_err(|source| Error::Tokenizer { file: path.to_path_buf(), source })?;
             write_vocab(&vocab, m);
+            if plan.probes {
+                m.insert(PROBES_KEY, Gguf::String(probes(path, tokenizer)?));
+            }
         }
         None => {
             out.notes.push("the model comes without a tokenizer: llama.cpp will not load this file".into())
         }
     }
     Ok(out)
+}
+
+/// Probe dialogues as JSON.
+fn probes(path: &Path, tokenizer: &Tokenizer) -> Result<String, Error> {
+    let made = Probes::of(tokenizer);
+    Ok(made.map_err(|source| Error::Tokenizer { file: path.to_path_buf(), source })?.to_json())
 }
 
 /// llama.cpp's number for a file whose weights are mostly of this type (`llama_ftype` in its `llama.h`).
@@ -163,6 +173,9 @@ pub fn sidecars(
     let json = json.map_err(|source| Error::Tokenizer { file: path.to_path_buf(), source })?;
     files.push(("tokenizer.json", json.tokenizer));
     files.push(("tokenizer_config.json", json.config));
+    if plan.probes {
+        files.push((PROBES_FILE, probes(path, tokenizer)?.into_bytes()));
+    }
     Ok(files)
 }
 

@@ -17,6 +17,8 @@ pub struct Plan {
     pub about: gguf::Metadata,
     /// A safetensors folder has a second file once the first would grow beyond this.
     pub shard_bytes: u64,
+    /// Probe dialogues are kept with the model: what was trained with a template depends on it.
+    pub probes: bool,
 }
 
 /// Hugging Face's own limit.
@@ -41,7 +43,7 @@ impl Plan {
             TensorSpec { name: p.name, shape: p.shape, dtype }
         };
         let tensors = model.parameters()?.into_iter().map(spec).collect();
-        Ok(Plan { tensors, about: gguf::Metadata::default(), shard_bytes: SHARD_BYTES })
+        Ok(Plan { tensors, about: gguf::Metadata::default(), shard_bytes: SHARD_BYTES, probes: false })
     }
 
     /// The same plan with what `source` says about itself: the `general.*` keys of a GGUF file.
@@ -58,6 +60,11 @@ impl Plan {
             self.about.insert(key, value.clone());
         }
         self
+    }
+
+    /// The same plan with probe dialogues ([`crate::Probes`]).
+    pub fn with_probes(self) -> Plan {
+        Plan { probes: true, ..self }
     }
 
     /// That the plan is the list of the model's parameters, in any order.

@@ -41,7 +41,10 @@ pub(super) fn pack(
         if n == Some(0) && bytes.is_empty() {
             return Ok(weight);
         }
-        let what = format!("{} bytes are no {rows} x {cols} matrix of NF4, whose rows are whole blocks", bytes.len());
+        let what = format!(
+            "{} bytes are no {rows} x {cols} matrix of NF4, whose rows are whole blocks",
+            bytes.len()
+        );
         return Err(Error::Shape { op: "weight", what });
     };
     weight.shared = Shared { scales: parts.second().collect(), mean: parts.mean };
@@ -94,7 +97,9 @@ pub(super) fn decode_row(w: &Weight, row: usize, out: &mut [f32]) {
 
 /// Decodes columns from `k0` on of all rows of a panel into `[..][16]`.
 pub(super) fn decode(w: &Weight, cpu: Cpu, panel: usize, k0: usize, out: &mut [f32]) {
-    for (out, (scales, codes)) in out.as_chunks_mut::<{ BLOCK * PANEL }>().0.iter_mut().zip(blocks(w, panel, k0)) {
+    for (out, (scales, codes)) in
+        out.as_chunks_mut::<{ BLOCK * PANEL }>().0.iter_mut().zip(blocks(w, panel, k0))
+    {
         #[cfg(target_arch = "x86_64")]
         if cpu.simd >= crate::Simd::Avx2 {
             super::decode_x86::nf4(codes, &scales, out);

@@ -4,7 +4,6 @@ use super::*;
 use crate::config::Facts;
 use crate::data::{Sources, TokenWriter, documents};
 use crate::new;
-use sparsam_engine::Opened;
 use sparsam_tokenizer::{JsonFiles, train as vocabulary};
 
 /// Bytes of text that a vocabulary is learnt from, at most: pairs are as frequent in the rest.
@@ -137,6 +136,7 @@ fn finish(
         settings,
         receipt,
         base: stays,
+        targets: Targets::default(),
         finetuned,
     })
 }
