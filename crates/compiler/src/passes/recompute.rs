@@ -79,7 +79,11 @@ impl Segments {
         }
         let mut fixed = vec![false; turn];
         for (i, node) in forward.iter().enumerate() {
-            let parameter = |x: &NodeId| matches!(graph.node(*x).op, Op::Weight { .. } | Op::State { .. });
+            // A weight of one axis is little: what it and the inputs decide (the sines of positions) may be kept.
+            let parameter = |x: &NodeId| match &graph.node(*x).op {
+                Op::Weight { shape, .. } => shape.len() > 1,
+                op => matches!(op, Op::State { .. }),
+            };
             let given = node.inputs.iter().all(|x| fixed[x.index()] && !parameter(x));
             fixed[i] = is_leaf(&node.op) || (is_cheap(&node.op) && given);
         }
@@ -276,11 +280,21 @@ mod tests {
 
     /// Residual blocks with a norm, two products and a GELU between them, a loss, and plain gradient descent.
     fn graph(blocks: usize) -> Graph {
+        turned(blocks, false)
+    }
+
+    /// The same; if `by_positions`, each block's norm is multiplied by cosines of positions and constant frequencies.
+    fn turned(blocks: usize, by_positions: bool) -> Graph {
         let t = Trace::new().training(|_| true);
+        let turns = by_positions.then(|| {
+            let positions = t.input("positions", &[64, 1], DType::F32).broadcast_to(&[64, 16]);
+            (positions * t.constant("frequencies", &[16])).cos()
+        });
         let mut x: Tensor = t.input("x", &[64, 16], DType::F32).matmul(&t.weight("in", &[16, 16]));
         for i in 0..blocks {
             let scale = (&x * &x).mean().add_scalar(1e-5).sqrt().recip();
             let h = (&x * &scale) * t.weight(&format!("{i}.norm"), &[16]);
+            let h = turns.as_ref().map_or(h.clone(), |turns| &h * turns);
             let up = h.matmul_with(&t.weight(&format!("{i}.up"), &[64, 16]), false, true, Precision::F32);
             let down = t.weight(&format!("{i}.down"), &[16, 64]);
             x = &x + &up.gelu_tanh().matmul_with(&down, false, true, Precision::F32);
@@ -320,6 +334,21 @@ mod tests {
             before = (p.report.memory, products(&p));
         }
         assert!(before.1 > products(&free), "the least budget computes products again");
+    }
+
+    #[test]
+    fn what_positions_decide_does_not_hold_blocks_together() {
+        let least = |g: &Graph| match compile(g, &Options { memory: Some(0), ..Options::default() }) {
+            Err(Error::Memory { least, .. }) => least,
+            other => panic!("{other:?}"),
+        };
+        let (plain, turned) = (graph(6), turned(6, true));
+        let whole = compile(&turned, &Options::default()).unwrap().report.memory;
+        // The cosines and their inputs are all that it takes more.
+        assert!(least(&turned) <= least(&plain) + 64 * 16 * 4 + 64 * 4 + 16 * 4 && least(&turned) < whole);
+        let budget = Some(least(&turned));
+        let p = same_as_interpreted(&turned, &Options { memory: budget, ..Options::default() });
+        assert!(p.report.recompute.is_some_and(|r| r.segments > 6));
     }
 
     #[test]
