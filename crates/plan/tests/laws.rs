@@ -193,3 +193,17 @@ fn sardana_seven_billion_instead_of_thirteen() {
     // The cheaper a served FLOP, the larger the model may be.
     assert!(lifetime::cheapest(&law, at, 2e12, 0.5).unwrap().best.parameters > got.best.parameters);
 }
+
+#[test]
+fn a_law_of_our_own_runs_predicts_the_largest() {
+    // Made by scripts/scaling-runs: `sparsam train` on one CPU core, bytes of wikitext-2 and tinyshakespeare. Fitted on
+    // the 14 smaller runs, the law gives 1.710 for the largest (357k parameters, 2.27M tokens), which reached 1.711.
+    let all = runs::from_csv(include_str!("data/cpu-runs.csv")).unwrap();
+    let (kept, held) = runs::hold_back_largest(&all, 1);
+    let law = fit(&kept, 20, 42).unwrap().law;
+    let predicted = law.loss(held[0].parameters, held[0].tokens);
+    near(predicted, held[0].loss, 0.005);
+    // This says more than that larger runs are better: the best of the others is much further off.
+    let best = kept.iter().map(|r| r.loss).fold(f64::INFINITY, f64::min);
+    assert!((predicted - held[0].loss).abs() < 0.1 * (best - held[0].loss).abs());
+}
