@@ -8,9 +8,10 @@ use sparsam_engine::{
     DEFAULT_DRAFT_TOKENS, Engine, Error, Finish, Generated, Message, Request, Runner, Sampling, Sequence,
     Speculation, Speculator, generate,
 };
+use sparsam_grammar::{Grammar, Grammars};
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
@@ -21,6 +22,7 @@ use std::time::{Instant, SystemTime};
   sparsam run model.gguf 'Why is the sky blue?'            one answer
   sparsam run model.gguf --raw 'Once upon a time' -n 50    continue plain text
   cat article.txt | sparsam run model.gguf --system 'Summarise in one sentence.'
+  sparsam run model.gguf 'Name three fruits.' --json-schema fruits.json
   sparsam run big.gguf 'Hello' --draft small.gguf          the same answer faster, if the small one guesses well
   sparsam run model.gguf --explain 'Hi' -n 1               what the compiler did")]
 pub struct Args {
@@ -43,6 +45,12 @@ pub struct Args {
     /// End the answer at this text (may be given several times)
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// The answer is JSON that fits this JSON Schema: a file, or the schema itself
+    #[arg(long, value_name = "SCHEMA", conflicts_with = "grammar")]
+    json_schema: Option<String>,
+    /// The answer is a text of the grammar in this file, in Lark's language as llguidance reads it
+    #[arg(long, value_name = "FILE")]
+    grammar: Option<PathBuf>,
     /// Tokens of the context (default: the model's, at most 8192)
     #[arg(long, short = 'c', value_name = "N", value_parser = positive)]
     ctx: Option<usize>,
@@ -148,7 +156,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
     }
     eprintln!("{} · loaded in {}", engine.describe(), text::duration(start.elapsed()));
-    let request = Request { sampling, max_tokens: args.max_tokens, stops: args.stop, ..Request::default() };
+    let rule = match grammar(args.json_schema.as_deref(), args.grammar.as_deref())? {
+        Some(grammar) => {
+            let vocab_size = engine.model().facts().vocab_size;
+            Some(Grammars::new(engine.tokenizer()?, vocab_size)?.compile(&grammar)?)
+        }
+        None => None,
+    };
+    let (max_tokens, stops) = (args.max_tokens, args.stop);
+    let request = Request { sampling, max_tokens, stops, rule, ..Request::default() };
     let sequence = runner.sequence();
     let templated = !args.raw && engine.tokenizer()?.chat_template().is_some();
     let speculator = match &args.draft {
@@ -221,6 +237,23 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the answer must keep to.
+fn grammar(json_schema: Option<&str>, file: Option<&Path>) -> anyhow::Result<Option<Grammar>> {
+    let read = |file: &Path| {
+        std::fs::read_to_string(file).with_context(|| format!("{}: cannot read it as text", file.display()))
+    };
+    if let Some(file) = file {
+        return Ok(Some(Grammar::Lark(read(file)?)));
+    }
+    let Some(schema) = json_schema else { return Ok(None) };
+    let (text, name) = match schema.trim_start().starts_with('{') {
+        true => (schema.to_string(), "--json-schema"),
+        false => (read(schema.as_ref())?, schema),
+    };
+    let schema = serde_json::from_str(&text).with_context(|| format!("{name}: the schema is not JSON"))?;
+    Ok(Some(Grammar::JsonSchema(schema)))
+}
+
 impl Asker {
     /// Answers `prompt`, streaming to stdout if `stream`.
     fn ask(
@@ -275,6 +308,7 @@ fn finish(finish: Finish) -> &'static str {
         Finish::Length => "length",
         Finish::Context => "context",
         Finish::Cancelled => "cancelled",
+        Finish::Rule => "grammar",
     }
 }
 
@@ -295,6 +329,7 @@ fn report(a: &Generated, speculation: Option<Speculation>, sampling: &Sampling) 
         Finish::Length => line += " · cut at --max-tokens",
         Finish::Context => line += " · cut: the context is full",
         Finish::Cancelled => line += " · stopped",
+        Finish::Rule => line += " · cut: it cannot go on within its grammar",
     }
     if sampling.temperature > 0.0 {
         line += &format!(" · seed {}", sampling.seed);

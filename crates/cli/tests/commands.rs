@@ -181,3 +181,43 @@ fn eval_chooses_by_likelihood() {
     std::fs::write(file, lines.replace("\"Paris\"}", "\"Madrid\"}")).unwrap();
     fails(&[&args[..], &["choices"]].concat(), 1, "\"Madrid\" is no choice's text, letter or number");
 }
+
+#[test]
+fn run_keeps_to_a_schema_or_a_grammar() {
+    let Some(model) = model() else { return };
+    let schema = r#"{"type": "object", "properties": {"colour": {"enum": ["red", "blue"]},
+        "n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["colour", "n"], "additionalProperties": false}"#;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str, text: &str| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        file.to_str().unwrap().to_string()
+    };
+    let file = path("schema.json", schema);
+    for (given, seed) in [(schema, "1"), (&file, "2")] {
+        let args =
+            ["run", &model, "Pick a colour.", "--temperature", "1.5", "--json", "--json-schema", given];
+        let out: Value =
+            serde_json::from_str(&stdout(&sparsam(&[&args[..], &["--seed", seed]].concat()))).unwrap();
+        assert_eq!(out["finish"], "stop", "{out}");
+        let text: Value = serde_json::from_str(out["text"].as_str().unwrap()).unwrap();
+        assert!(text["colour"] == "red" || text["colour"] == "blue", "{out}");
+        assert!((1..=9).contains(&text["n"].as_i64().unwrap()), "{out}");
+    }
+    let yes_or_no = path("answer.lark", "start: \"yes\" | \"no\"\n");
+    let text = stdout(&sparsam(&["run", &model, "Is the sky blue?", "--grammar", &yes_or_no]));
+    assert!(["yes", "no"].contains(&text.trim_end()), "{text}");
+
+    let args = ["run", &model, "hi", "--json-schema"];
+    let fails_with = |schema: &str, says: &str| fails(&[&args[..], &[schema]].concat(), 1, says);
+    fails_with(r#"{"type": "colour"}"#, "the JSON schema cannot be used");
+    fails_with("{", "--json-schema: the schema is not JSON");
+    fails_with("no-such.json", "no-such.json: cannot read it");
+    fails_with(&yes_or_no, "answer.lark: the schema is not JSON");
+    fails(
+        &["run", &model, "hi", "--grammar", &path("bad.lark", "start: x")],
+        1,
+        "the grammar cannot be used",
+    );
+    fails(&[&args[..], &["{}", "--grammar", &yes_or_no]].concat(), 2, "--grammar");
+}

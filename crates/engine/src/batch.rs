@@ -1,8 +1,7 @@
 //! Many texts at once: continuous batching (Yu et al. 2022, Orca) over one paged cache with prefix reuse.
 
-use crate::generate::{Answer, Finish, Request, choose};
+use crate::generate::{Answer, Chooser, Finish, Request};
 use crate::runner::{Feed, MAX_ROWS, PAGE, Sequence, Want, common};
-use crate::sample::Sampler;
 use crate::{Engine, Error, Runner};
 use sparsam_tokenizer::Tokenizer;
 use std::collections::VecDeque;
@@ -30,8 +29,8 @@ pub struct Logprob {
 pub struct Output {
     /// Whose it is.
     pub id: JobId,
-    /// The token.
-    pub token: u32,
+    /// The token; `None` if the answer ends without one ([`Finish::Rule`]).
+    pub token: Option<u32>,
     /// The text that may be passed on now; may be empty.
     pub text: String,
     /// If asked for.
@@ -46,7 +45,7 @@ struct Job {
     id: JobId,
     request: Request,
     n_logprobs: Option<usize>,
-    sampler: Sampler,
+    chooser: Chooser,
     answer: Answer,
     sequence: Sequence,
     /// Prompt and answer; the sequence holds a first part of it.
@@ -88,7 +87,7 @@ impl Batcher {
     /// If its prompt is empty or leaves no room in the context, a token is none of the vocabulary's, or its settings
     /// are out of range.
     pub fn submit(&mut self, request: Request, n_logprobs: Option<usize>) -> Result<JobId, Error> {
-        let sampler = Sampler::new(&request.sampling)?;
+        let chooser = Chooser::new(&request)?;
         if request.prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }
@@ -101,7 +100,7 @@ impl Batcher {
             id,
             request,
             n_logprobs,
-            sampler,
+            chooser,
             answer,
             sequence,
             history,
@@ -175,23 +174,26 @@ impl Batcher {
         let mut outputs = Vec::new();
         for (row, &i) in logits.chunks(vocab.max(1)).zip(&fed) {
             let job = &mut self.active[i];
-            let token = choose(&mut job.sampler, row, &job.history)?;
-            let first = job.answer.tokens.is_empty();
-            let (mut text, mut finish) = job.answer.push(token);
+            let id = job.id;
+            let reused = job.answer.tokens.is_empty().then_some(job.reused);
+            let token = match job.chooser.choose(row, &job.history) {
+                Ok(token) => token,
+                // This answer's own fault: the others go on.
+                Err(Error::Rule { .. }) => {
+                    let (text, finish) = (job.answer.flush(), Some(Finish::Rule));
+                    outputs.push(Output { id, token: None, text, logprob: None, finish, reused });
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            let (mut text, mut finish) = job.answer.push(token, job.chooser.ended());
             job.history.push(token);
             if finish.is_none() && job.history.len() > context {
                 text += &job.answer.flush();
                 finish = Some(Finish::Context);
             }
             let logprob = job.n_logprobs.map(|n| logprob(row, token, n));
-            outputs.push(Output {
-                id: job.id,
-                token,
-                text,
-                logprob,
-                finish,
-                reused: first.then_some(job.reused),
-            });
+            outputs.push(Output { id, token: Some(token), text, logprob, finish, reused });
         }
         for output in outputs.iter().filter(|o| o.finish.is_some()) {
             self.cancel(output.id);

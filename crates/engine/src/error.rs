@@ -75,6 +75,9 @@ pub enum Error {
         "the model's logits are not finite after {tokens} tokens; its weights are damaged, or the file was rounded wrongly"
     )]
     NotFinite { tokens: usize },
+    /// An answer that cannot keep to its rule.
+    #[error("the answer cannot go on within its grammar: {why}")]
+    Rule { why: String },
     /// All pages of the cache are taken.
     #[error(
         "the cache of {slots} tokens is full; finish other sequences first or load with a larger context"

@@ -1,5 +1,6 @@
 //! Continuing a text, token by token.
 
+use crate::rule::Rule;
 use crate::runner::Sequence;
 use crate::sample::{Sampler, Sampling};
 use crate::stop::StopText;
@@ -9,7 +10,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// What to continue, and how far.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct Request {
     /// All tokens of the text so far.
     pub prompt: Vec<u32>,
@@ -21,6 +22,9 @@ pub struct Request {
     pub stops: Vec<String>,
     /// Go on after tokens that end a text.
     pub ignore_end: bool,
+    /// What the answer must keep to; it ends where nothing can follow. An answer that is cut is only the beginning of
+    /// a text that keeps to it.
+    pub rule: Option<Box<dyn Rule>>,
 }
 
 /// Why an answer ended.
@@ -34,6 +38,8 @@ pub enum Finish {
     Context,
     /// The caller ended it.
     Cancelled,
+    /// It cannot go on within its rule, or that takes too much work.
+    Rule,
 }
 
 /// An answer, with its times.
@@ -91,8 +97,9 @@ impl Answer {
         }
     }
 
-    /// Takes the next token. Gives the text that may be passed on now, and why the answer ends here if it does.
-    pub fn push(&mut self, token: u32) -> (String, Option<Finish>) {
+    /// Takes the next token, after which nothing can follow if it is the `last`. Gives the text that may be passed on
+    /// now, and why the answer ends here if it does.
+    pub fn push(&mut self, token: u32, last: bool) -> (String, Option<Finish>) {
         let Some((stream, stop)) = &mut self.out else { return (String::new(), Some(Finish::Stop)) };
         self.tokens.push(token);
         if !self.ignore_end && self.tokenizer.stop_ids().contains(&token) {
@@ -104,9 +111,10 @@ impl Answer {
             self.out = None;
             return (piece, Some(Finish::Stop));
         }
-        if self.max_tokens.is_some_and(|max| self.tokens.len() >= max) {
+        let full = self.max_tokens.is_some_and(|max| self.tokens.len() >= max);
+        if last || full {
             piece += &self.flush();
-            return (piece, Some(Finish::Length));
+            return (piece, Some(if last { Finish::Stop } else { Finish::Length }));
         }
         (piece, None)
     }
@@ -123,11 +131,40 @@ impl Answer {
     }
 }
 
+/// What chooses an answer's tokens: a sampler among those that the rule allows.
+pub(crate) struct Chooser {
+    sampler: Sampler,
+    rule: Option<Box<dyn Rule>>,
+}
+
+impl Chooser {
+    pub fn new(request: &Request) -> Result<Chooser, Error> {
+        Ok(Chooser { sampler: Sampler::new(&request.sampling)?, rule: request.rule.clone() })
+    }
+
+    /// The next token after `history`.
+    pub fn choose(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, Error> {
+        let Some(rule) = &mut self.rule else { return choose(&mut self.sampler, logits, history) };
+        let broken = |why| Error::Rule { why };
+        let mut logits = logits.to_vec();
+        rule.restrict(&mut logits).map_err(broken)?;
+        let token = choose(&mut self.sampler, &logits, history)?;
+        rule.take(token).map_err(broken)?;
+        Ok(token)
+    }
+
+    /// Whether nothing can follow the last token.
+    pub fn ended(&self) -> bool {
+        self.rule.as_ref().is_some_and(|rule| rule.ended())
+    }
+}
+
 /// Continues `request.prompt` in `sequence`, reusing what of it is in the cache. Calls `on_text` with each piece of
 /// text as it comes; it may end the answer.
 ///
 /// # Errors
-/// If the prompt is empty or longer than the context, settings are out of range, or the model's logits are no numbers.
+/// If the prompt is empty or longer than the context, settings are out of range, the model's logits are no numbers, or the
+/// answer cannot go on within its rule.
 pub fn generate(
     runner: &mut Runner,
     sequence: &mut Sequence,
@@ -135,19 +172,19 @@ pub fn generate(
     request: &Request,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generated, Error> {
-    let mut sampler = Sampler::new(&request.sampling)?;
+    let mut chooser = Chooser::new(request)?;
     let start = Instant::now();
     let new = runner.reuse(sequence, &request.prompt);
     let logits = runner.append(sequence, &request.prompt[new..])?;
     let mut history = request.prompt.clone();
-    let mut next = choose(&mut sampler, logits, &history)?;
+    let mut next = chooser.choose(logits, &history)?;
     let first = Instant::now();
 
     let mut answer = Answer::new(tokenizer, request);
     let mut pass = |piece: &str| if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) };
     let finish = loop {
         history.push(next);
-        let (piece, ended) = answer.push(next);
+        let (piece, ended) = answer.push(next, chooser.ended());
         if pass(&piece).is_break() {
             break Finish::Cancelled;
         }
@@ -159,7 +196,7 @@ pub fn generate(
             break Finish::Context;
         }
         let logits = runner.append(sequence, &[next])?;
-        next = choose(&mut sampler, logits, &history)?;
+        next = chooser.choose(logits, &history)?;
     };
     Ok(Generated {
         text: answer.text,

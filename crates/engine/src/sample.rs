@@ -168,7 +168,8 @@ impl Sampler {
         }
         let c = &mut self.candidates;
         c.clear();
-        c.extend(ids.map(|id| (logit(id), id)));
+        // What cannot come is no candidate, so that no rounding error can draw it.
+        c.extend(ids.map(|id| (logit(id), id)).filter(|x| x.0 > f32::NEG_INFINITY));
         let likelier = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         if (1..c.len()).contains(&s.top_k) {
             c.select_nth_unstable_by(s.top_k - 1, likelier);
@@ -176,9 +177,6 @@ impl Sampler {
         }
         c.sort_unstable_by(likelier);
         let max = c.first()?.0;
-        if max == f32::NEG_INFINITY {
-            return None;
-        }
         if s.top_p < 1.0 {
             let total: f64 = c.iter().map(|x| ((x.0 - max) as f64).exp()).sum();
             let mut sum = 0.0;

@@ -4,7 +4,7 @@
 //! The text is the large model's own, token for token: a proposal stays only where it is what the large model would have
 //! written, and a row's logits do not depend on how many rows a step has.
 
-use crate::generate::{Answer, Finish, Generated, Request, choose};
+use crate::generate::{Answer, Chooser, Finish, Generated, Request, choose};
 use crate::runner::{Feed, Sequence, Want};
 use crate::sample::{Sampler, Sampling};
 use crate::{Engine, Error, Runner};
@@ -80,21 +80,22 @@ impl Speculator {
             let (name, value) = ("temperature", f64::from(request.sampling.temperature));
             return Err(Error::Setting { name, value, wanted: "with a draft it must be 0 (greedy)" });
         }
-        let mut sampler = Sampler::new(&request.sampling)?;
+        let mut chooser = Chooser::new(request)?;
         let mut told = Speculation::default();
         let start = Instant::now();
         let kept = self.big.reuse(&mut self.big_text, &request.prompt);
         let logits = self.big.append(&mut self.big_text, &request.prompt[kept..])?;
         let mut history = request.prompt.clone();
-        let mut waiting = vec![choose(&mut sampler, logits, &history)?];
+        let mut waiting = vec![chooser.choose(logits, &history)?];
         let first = Instant::now();
         let mut answer = Answer::new(engine.tokenizer()?, request);
         let mut pass =
             |piece: &str| if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) };
         let finish = 'all: loop {
-            for next in waiting.drain(..) {
+            let n = waiting.len();
+            for (i, next) in waiting.drain(..).enumerate() {
                 history.push(next);
-                let (piece, ended) = answer.push(next);
+                let (piece, ended) = answer.push(next, i + 1 == n && chooser.ended());
                 if pass(&piece).is_break() {
                     break 'all Finish::Cancelled;
                 }
@@ -108,7 +109,7 @@ impl Speculator {
             }
             let left = request.max_tokens.map_or(usize::MAX, |max| max - answer.tokens.len());
             let proposals = self.propose(&history, left.saturating_sub(1), &mut told)?;
-            waiting = self.check(&mut sampler, &history, &proposals, &mut told)?;
+            waiting = self.check(&mut chooser, &history, &proposals, &mut told)?;
         };
         // Tokens that were proposed but not used are no part of the text.
         let used = history.len().min(self.big_text.tokens().len());
@@ -147,7 +148,7 @@ impl Speculator {
     /// The tokens that the large model writes behind `history`: those of `proposals` that it agrees with, and one more.
     fn check(
         &mut self,
-        sampler: &mut Sampler,
+        chooser: &mut Chooser,
         history: &[u32],
         proposals: &[u32],
         told: &mut Speculation,
@@ -162,10 +163,10 @@ impl Speculator {
         let mut text = history.to_vec();
         let mut written = Vec::new();
         for (i, row) in logits.chunks(vocab_size).enumerate() {
-            let next = choose(sampler, row, &text)?;
+            let next = chooser.choose(row, &text)?;
             written.push(next);
             text.push(next);
-            if proposals.get(i) != Some(&next) {
+            if proposals.get(i) != Some(&next) || chooser.ended() {
                 break;
             }
         }

@@ -269,7 +269,7 @@ fn answers_together_are_those_alone() {
             let i = ids.iter().position(|&id| id == output.id).unwrap();
             let (text, tokens, finish) = &mut answers[i];
             *text += &output.text;
-            tokens.push(output.token);
+            tokens.extend(output.token);
             *finish = output.finish;
             reused += output.reused.unwrap_or(0);
             let logprob = output.logprob.unwrap();

@@ -57,7 +57,8 @@ pub(crate) struct Collected {
 fn finish_name(finish: Finish) -> &'static str {
     match finish {
         Finish::Stop | Finish::Cancelled => "stop",
-        Finish::Length | Finish::Context => "length",
+        // An answer that fails in its rule ends in an error before it comes here.
+        Finish::Length | Finish::Context | Finish::Rule => "length",
     }
 }
 
@@ -128,6 +129,10 @@ pub(crate) async fn respond(
 ) -> Result<Response, ApiError> {
     let created = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_secs());
     let head = Head { id: app.new_id(prefix), created, model: app.config.model.clone() };
+    let rule = match wanted.grammar.clone() {
+        Some(grammar) => Some(app.clone().rule(grammar).await?),
+        None => None,
+    };
     let (sender, events) = unbounded_channel();
     let mut asks = Vec::new();
     let mut usage = Usage::default();
@@ -143,6 +148,7 @@ pub(crate) async fn respond(
                 max_tokens: wanted.max_tokens,
                 stops: wanted.stops.clone(),
                 ignore_end: wanted.ignore_end,
+                rule: rule.clone(),
             };
             let events = sender.clone();
             asks.push(Ask { request, n_logprobs, index, stream: wanted.stream, events });

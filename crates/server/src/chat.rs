@@ -33,11 +33,8 @@ pub(crate) async fn handle(app: Arc<App>, body: Value) -> Result<Response, ApiEr
     wire::refuse(
         &body,
         &[
-            (
-                "response_format",
-                &[json!({"type": "text"})],
-                "only {\"type\": \"text\"} is; ask for JSON in words",
-            ),
+            ("grammar", &[], "use response_format"),
+            ("json_schema", &[], "use response_format"),
             ("functions", &[json!([])], "use tools, which replaced it"),
             ("function_call", &[], "use tool_choice, which replaced it"),
             ("modalities", &[json!(["text"])], "text is the only one"),
@@ -74,6 +71,10 @@ pub(crate) async fn handle(app: Arc<App>, body: Value) -> Result<Response, ApiEr
     }
     let n_logprobs = (request.logprobs == Some(true)).then_some(top);
     let has_tools = !tools.is_empty();
+    if has_tools && wanted.grammar.is_some() {
+        let message = "response_format and tools together are not possible here: choose one of them";
+        return Err(ApiError::invalid("response_format", message));
+    }
     let options = RenderOptions {
         add_generation_prompt: true,
         tools: if has_tools { tools.into() } else { Value::Null },

@@ -43,6 +43,8 @@ pub(crate) async fn handle(app: Arc<App>, body: Value) -> Result<Response, ApiEr
         &[
             ("echo", &[json!(false)], "the prompt is not repeated"),
             ("suffix", &[json!("")], "text is only continued, not filled in"),
+            ("grammar", &[], "use response_format"),
+            ("json_schema", &[], "use response_format"),
             ("best_of", &[json!(1)], "use n and choose yourself"),
         ],
     )?;

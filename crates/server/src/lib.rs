@@ -21,7 +21,7 @@ pub use error::Error;
 use sparsam_engine::Engine;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// What a server allows and where it listens.
@@ -80,7 +80,7 @@ pub fn serve(
             .await
             .map_err(|source| Error::Listen { address, source })?;
         on_ready(listener.local_addr().map_err(Error::Runtime)?);
-        let app = routes::router(routes::App { engine, config, worker, metrics });
+        let app = routes::router(routes::App { engine, config, worker, metrics, grammars: OnceLock::new() });
         axum::serve(listener, app).with_graceful_shutdown(stop).await.map_err(Error::Runtime)
     })
 }

@@ -12,10 +12,11 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use sparsam_engine::Engine;
+use sparsam_engine::{Engine, Rule};
+use sparsam_grammar::{Grammar, Grammars};
 use sparsam_tokenizer::Specials;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 /// What handlers share.
@@ -24,9 +25,29 @@ pub(crate) struct App {
     pub config: Config,
     pub worker: Worker,
     pub metrics: Arc<Metrics>,
+    /// Made when the first grammar is asked for.
+    pub grammars: OnceLock<Grammars>,
 }
 
 impl App {
+    /// Makes `grammar` ready, away from the thread that serves the others.
+    pub async fn rule(self: Arc<App>, grammar: Grammar) -> Result<Box<dyn Rule>, ApiError> {
+        let compile = move || {
+            let wrong = |e: sparsam_grammar::Error| ApiError::invalid("response_format", e.to_string());
+            let grammars = match self.grammars.get() {
+                Some(grammars) => grammars,
+                None => {
+                    let vocab_size = self.engine.model().facts().vocab_size;
+                    let made = Grammars::new(self.engine.tokenizer()?, vocab_size).map_err(wrong)?;
+                    self.grammars.get_or_init(|| made)
+                }
+            };
+            grammars.compile(&grammar).map_err(wrong)
+        };
+        let failed = |_| ApiError::invalid("response_format", "the grammar cannot be used");
+        tokio::task::spawn_blocking(compile).await.map_err(failed)?
+    }
+
     /// A name that no other response has.
     pub fn new_id(&self, prefix: &str) -> String {
         static NEXT: AtomicU64 = AtomicU64::new(0);

@@ -5,6 +5,7 @@ use crate::error::ApiError;
 use serde::Deserialize;
 use serde_json::Value;
 use sparsam_engine::Sampling;
+use sparsam_grammar::Grammar;
 use std::collections::BTreeMap;
 
 /// One text or several.
@@ -43,11 +44,40 @@ pub(crate) struct Common {
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     ignore_eos: Option<bool>,
+    response_format: Option<ResponseFormat>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+}
+
+/// What an answer must look like.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum ResponseFormat {
+    Text,
+    JsonObject,
+    JsonSchema { json_schema: NamedSchema },
+}
+
+/// A schema; its name, description and `strict` change nothing: it is always kept to.
+#[derive(Debug, Deserialize)]
+struct NamedSchema {
+    schema: Option<Value>,
+}
+
+impl ResponseFormat {
+    fn grammar(&self) -> Option<Grammar> {
+        match self {
+            ResponseFormat::Text => None,
+            ResponseFormat::JsonSchema { json_schema: NamedSchema { schema: Some(schema) } } => {
+                Some(Grammar::JsonSchema(schema.clone()))
+            }
+            // OpenAI's clients may leave the schema out.
+            ResponseFormat::JsonObject | ResponseFormat::JsonSchema { .. } => Some(Grammar::json_object()),
+        }
+    }
 }
 
 /// Answers to one prompt.
@@ -59,6 +89,7 @@ pub(crate) struct Wanted {
     pub stream: bool,
     pub stream_usage: bool,
     pub ignore_end: bool,
+    pub grammar: Option<Grammar>,
 }
 
 /// Most answers to one prompt.
@@ -121,6 +152,7 @@ impl Common {
             stream_usage: stream
                 && self.stream_options.as_ref().is_some_and(|o| o.include_usage == Some(true)),
             ignore_end: self.ignore_eos.unwrap_or(false),
+            grammar: self.response_format.as_ref().and_then(ResponseFormat::grammar),
         })
     }
 }

@@ -133,12 +133,20 @@ fn run(mut batcher: Batcher, asks: Receiver<Ask>, metrics: &Metrics) {
             Ok(outputs) => {
                 for o in outputs {
                     let Some(client) = clients.get_mut(&o.id) else { continue };
+                    let Some(token) = o.token else {
+                        let message =
+                            "the answer cannot go on within response_format: it takes too much work";
+                        let failed = Event::Failed(ApiError::invalid("response_format", message));
+                        let _ = client.events.send(failed);
+                        clients.remove(&o.id);
+                        continue;
+                    };
                     add(&metrics.generated_tokens, 1);
                     if let Some(reused) = o.reused {
                         add(&metrics.reused_tokens, reused);
                         metrics.first_token(client.since.elapsed());
                     }
-                    let (index, token, reused) = (client.index, o.token, o.reused.unwrap_or(0));
+                    let (index, reused) = (client.index, o.reused.unwrap_or(0));
                     let event = Event::Token {
                         index,
                         token,

@@ -197,7 +197,7 @@ fn what_is_wrong_is_said_as_openai_does() {
         (question(json!({"n": 0})), "n is 0"),
         (question(json!({"max_tokens": 0})), "max_tokens is 0"),
         (question(json!({"top_logprobs": 2})), "logprobs to be true"),
-        (question(json!({"response_format": {"type": "json_schema"}})), "response_format is not supported"),
+        (question(json!({"response_format": {"type": "json_schema"}})), "json_schema"),
         (question(json!({"tool_choice": "required"})), "tool_choice"),
         (question(json!({"logit_bias": {"x": 1}})), "no token id"),
         (question(json!({"temperature": "warm"})), "not as it should be"),
@@ -292,4 +292,48 @@ fn clients_that_leave_take_their_answers_with_them_and_full_queues_refuse() {
     until("sparsam_requests_active", 0);
     until("sparsam_requests_waiting", 0);
     assert_eq!(ask(address, "/v1/completions", json!({"prompt": "x", "max_tokens": 1})).0, 200);
+}
+
+#[test]
+fn answers_keep_to_their_response_format() {
+    let Some(address) = shared() else { return };
+    let schema = json!({
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "capital": {"type": "boolean"}},
+        "required": ["city", "capital"],
+        "additionalProperties": false,
+    });
+    let format = |schema: Value| json!({"type": "json_schema", "json_schema": {"name": "city", "strict": true, "schema": schema}});
+    let more =
+        json!({"response_format": format(schema), "max_tokens": 60, "temperature": 1.3, "seed": 5, "n": 2});
+    let (status, whole) = ask(address, CHAT, question(more.clone()));
+    assert_eq!(status, 200, "{whole}");
+    for choice in whole["choices"].as_array().unwrap() {
+        let text = choice["message"]["content"].as_str().unwrap();
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+        assert!(value["city"].is_string() && value["capital"].is_boolean(), "{text}");
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+    let chunks = stream(address, CHAT, question(more));
+    let first = chunks.iter().filter(|c| c["choices"][0]["index"] == 0);
+    let text: String = first.filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(text, whole["choices"][0]["message"]["content"]);
+
+    let any = json!({"response_format": {"type": "json_object"}});
+    let (status, object) = ask(address, CHAT, question(any.clone()));
+    assert!(status == 200 && object["choices"][0]["message"]["content"].as_str().unwrap().starts_with('{'));
+    let mut plain = json!({"prompt": "A city:", "max_tokens": 8});
+    plain["response_format"] = any["response_format"].clone();
+    let (status, object) = ask(address, "/v1/completions", plain);
+    assert!(status == 200 && object["choices"][0]["text"].as_str().unwrap().starts_with('{'), "{object}");
+
+    let refused = |more: Value, says: &str| {
+        let (status, e) = ask(address, CHAT, question(more));
+        assert!(status == 400 && e["error"]["message"].as_str().unwrap().contains(says), "{e}");
+    };
+    refused(json!({"response_format": {"type": "yaml"}}), "yaml");
+    refused(json!({"response_format": format(json!({"type": "colour"}))}), "the JSON schema cannot be used");
+    refused(json!({"grammar": "root ::= x"}), "use response_format");
+    let tool = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
+    refused(json!({"response_format": {"type": "json_object"}, "tools": tool}), "choose one of them");
 }

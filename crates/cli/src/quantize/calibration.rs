@@ -154,7 +154,7 @@ fn sampled(args: &Args, opened: &Opened, n: usize, ctx: usize) -> anyhow::Result
             let (active, waiting) = batcher.load();
             for o in out {
                 if let Some(text) = texts.get_mut(&o.id) {
-                    text.push(o.token);
+                    text.extend(o.token);
                 }
                 bar.inc(1);
             }

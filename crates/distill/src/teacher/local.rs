@@ -44,8 +44,8 @@ impl<'a> Local<'a> {
             Prompt::Dialogue(_) => Vec::new(),
         };
         let sampling = Sampling { temperature: manner.temperature, seed: asked.seed, ..Sampling::default() };
-        let request =
-            Request { prompt, sampling, max_tokens: Some(manner.max_tokens), stops, ignore_end: false };
+        let max_tokens = Some(manner.max_tokens);
+        let request = Request { prompt, sampling, max_tokens, stops, ..Request::default() };
         let id = batcher.submit(request, None)?;
         Ok((id, Open { index: asked.index, prompt_tokens, completion_tokens: 0, text: String::new() }))
     }
