@@ -25,6 +25,8 @@ mod model;
 mod passport;
 mod plan;
 mod probe;
+#[cfg(feature = "mpi")]
+mod processes;
 mod pull;
 mod quantize;
 mod receipt;

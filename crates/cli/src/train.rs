@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use serde_json::json;
 use sparsam_plan::units;
 use sparsam_train::config::{Arch, Compute, Config, OptimiserKind, SaveAs};
+use sparsam_train::group::{Alone, Group};
 use sparsam_train::metrics::StepRecord;
 use sparsam_train::schedule::Form;
 use sparsam_train::{Event, Run};
@@ -313,6 +314,30 @@ impl Flags {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    #[cfg(feature = "mpi")]
+    if let Some((mpi, group)) = crate::processes::group()? {
+        // The others wait for this one: where it fails, all have to be ended.
+        let done = train(args, Box::new(group)).inspect_err(|e| crate::processes::abort(e));
+        drop(mpi);
+        return done;
+    }
+    #[cfg(not(feature = "mpi"))]
+    if launched_by().is_some() {
+        bail!(
+            "this sparsam is built without MPI, so that every process would train by itself; build it with `--features mpi`,              or start it without a launcher"
+        );
+    }
+    train(args, Box::new(Alone))
+}
+
+/// The variable by which an MPI launcher (Open MPI, PMIx, PMI) tells that it started this process.
+pub fn launched_by() -> Option<&'static str> {
+    ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"]
+        .into_iter()
+        .find(|name| std::env::var_os(name).is_some())
+}
+
+fn train(args: Args, group: Box<dyn Group>) -> anyhow::Result<()> {
     let start = Instant::now();
     let steps = args.flags.steps;
     let mut run = match (&args.resume, &args.out) {
@@ -326,23 +351,33 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                     folder.join("config.toml").display()
                 );
             }
-            let mut run = Run::resume(folder)?;
+            let mut run = Run::resume_in(folder, group)?;
             if let Some(steps) = steps {
                 run.set_steps(steps);
             }
-            eprintln!("going on behind step {} of {}", run.progress().step, run.settings().steps);
+            if run.leads() {
+                eprintln!("going on behind step {} of {}", run.progress().step, run.settings().steps);
+            }
             run
         }
         (None, out) => {
             let mut config = args.config.as_deref().map(Config::open).transpose()?.unwrap_or_default();
             args.flags.apply(&mut config)?;
             if args.dry_run {
+                if group.size() > 1 {
+                    bail!("--dry-run tells what one process would take; start it without a launcher");
+                }
                 return expected::dry_run(config, args.json);
             }
             let Some(out) = out else { bail!("give --out, the folder of the run") };
-            Run::start(out, config)?
+            Run::start_in(out, config, group)?
         }
     };
+    if !run.leads() {
+        let stop = stop_flag()?;
+        run.go(&stop, &mut |_| {})?;
+        return Ok(());
+    }
     announce(&mut run);
     if args.explain {
         eprintln!("{}", run.learner().program().report());
@@ -431,8 +466,9 @@ fn announce(run: &mut Run) {
         units::show_count(r.held_back_tokens as f64)
     );
     eprintln!(
-        "{} steps of {} x {} x {} tokens ({:.1} epochs) {}, learning rate {}, {} of memory",
+        "{} steps of {}{} x {} x {} tokens ({:.1} epochs) {}, learning rate {}, {} of memory",
         s.steps,
+        if s.processes > 1 { format!("{} processes x ", s.processes) } else { String::new() },
         s.accumulate,
         s.batch,
         s.ctx,

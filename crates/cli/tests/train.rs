@@ -170,6 +170,15 @@ fn memory_and_numbers_are_chosen_and_kept() {
 fn wrong_usage_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run").to_str().unwrap().to_string();
+    // A launcher's processes would all train by themselves, in one folder.
+    if cfg!(not(feature = "mpi")) {
+        let done = sparsam(&["train", "--out", &out, "--data", "x"]).env("PMI_RANK", "1").output().unwrap();
+        assert!(
+            done.status.code() == Some(1) && said(&done).contains("built without MPI"),
+            "{}",
+            said(&done)
+        );
+    }
     let fails = |args: &[&str]| {
         let done = sparsam(args).output().unwrap();
         (done.status.code(), said(&done))

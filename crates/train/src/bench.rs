@@ -80,6 +80,7 @@ pub fn bench(b: &Bench, profile: bool) -> Result<Measured, Error> {
         ctx: b.seq,
         accumulate: 1,
         targets: Targets::default(),
+        processes: 1,
         optimiser,
         samples: false,
         options: b.options.clone(),

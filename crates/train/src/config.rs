@@ -141,6 +141,8 @@ pub struct RunConfig {
     pub batch: Option<usize>,
     /// Micro-batches in a step.
     pub accumulate: Option<usize>,
+    /// Processes that train together, each on micro-batches of its own; the command's launcher decides it.
+    pub processes: Option<usize>,
     /// Of everything random.
     pub seed: Option<u64>,
     /// Steps between evaluations on the held-back part.
@@ -258,6 +260,7 @@ pub struct Settings {
     pub steps: u64,
     pub batch: usize,
     pub accumulate: usize,
+    pub processes: usize,
     pub seed: u64,
     pub optimiser: Optimiser,
     pub schedule: Schedule,
@@ -284,7 +287,7 @@ pub struct Settings {
 impl Settings {
     /// Tokens of one optimiser step.
     pub fn tokens_per_step(&self) -> u64 {
-        (self.ctx * self.batch * self.accumulate) as u64
+        (self.ctx * self.batch * self.accumulate * self.processes) as u64
     }
 }
 
@@ -355,7 +358,9 @@ impl Config {
                 format!("{batch} rows of {ctx} are more than 2^31 tokens"),
             ));
         }
-        let per_step = (ctx * batch * accumulate) as f64;
+        let processes = *r.processes.get_or_insert(1);
+        positive("run.processes", processes)?;
+        let per_step = (ctx * batch * accumulate * processes) as f64;
         let steps = match (r.steps, &r.tokens) {
             (Some(steps), _) => steps,
             (None, Some(tokens)) => (sparsam_plan::units::count("tokens", tokens)? / per_step).ceil() as u64,
@@ -444,6 +449,7 @@ impl Config {
             steps,
             batch,
             accumulate,
+            processes,
             seed: *r.seed.get_or_insert(0),
             optimiser,
             schedule,

@@ -2,6 +2,7 @@
 
 use crate::Error;
 use crate::data::PackedRows;
+use crate::group::{Alone, Group};
 use crate::optim::{Optimiser, RATES};
 use crate::random::Random;
 use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET, Soft, Targets};
@@ -34,6 +35,8 @@ pub struct How {
     pub accumulate: usize,
     /// Which rows have a loss, and what it counts.
     pub targets: Targets,
+    /// Processes that take each step together ([`Learner::step_in`]).
+    pub processes: usize,
     /// The optimiser.
     pub optimiser: Optimiser,
     /// Whether it will write samples, whose cache then counts within a budget of memory.
@@ -74,6 +77,8 @@ pub struct Outcome {
     pub loss: f64,
     /// Norm of all gradients together before clipping; `None` where they are not clipped.
     pub grad_norm: Option<f64>,
+    /// Targets that were learnt from, in all processes.
+    pub targets: u64,
 }
 
 impl Outcome {
@@ -306,9 +311,31 @@ impl Learner {
     /// # Panics
     /// If the number of micro-batches is not the one it was made for.
     pub fn step(&mut self, micro: &[PackedRows], t: u64, lr: f64) -> Result<Outcome, Error> {
+        self.step_in(&Alone, micro, t, lr)
+    }
+
+    /// One optimiser step of all processes of `group` together, each on micro-batches of its own: as if one process had
+    /// them all. All have the same weights before it and after it.
+    ///
+    /// # Errors
+    /// As [`Learner::step`]; then the other processes wait in vain, and have to be ended.
+    ///
+    /// # Panics
+    /// If the number of micro-batches or of processes is not the one it was made for.
+    pub fn step_in(
+        &mut self,
+        group: &dyn Group,
+        micro: &[PackedRows],
+        t: u64,
+        lr: f64,
+    ) -> Result<Outcome, Error> {
         assert_eq!(micro.len(), self.how.accumulate, "micro-batches of a step");
-        let targets: usize = micro.iter().map(PackedRows::n_targets).sum();
-        let scale = [1.0 / if self.how.targets.weighted { micro.len() } else { targets.max(1) } as f32];
+        assert_eq!(group.size(), self.how.processes, "processes of a step");
+        let mut targets = [micro.iter().map(PackedRows::n_targets).sum::<usize>() as u64];
+        group.sum_counts(&mut targets);
+        let [targets] = targets;
+        let scale =
+            [1.0 / if self.how.targets.weighted { micro.len() as u64 } else { targets.max(1) } as f32];
         let rates = self.how.optimiser.adamw.rates(lr, t);
         let rates = (RATES, Data::F32(&rates));
         let norm_of = |out: &Outputs, clipped: bool| -> Result<Option<f64>, Error> {
@@ -317,8 +344,9 @@ impl Learner {
         let clipped = self.how.optimiser.clip.is_some();
         let drops = self.model.adapters().iter().any(|a| a.dropout() > 0.0);
         // Another mask for every micro-batch of the run.
+        let turn = (t - 1) * group.size() as u64 + group.rank() as u64;
         let seeds: Vec<[i32; 2]> = (0..micro.len() as u64)
-            .map(|i| Random::new(self.seed, "dropout", (t - 1) * micro.len() as u64 + i).next())
+            .map(|i| Random::new(self.seed, "dropout", turn * micro.len() as u64 + i).next())
             .map(|x| [x as i32, (x >> 32) as i32])
             .collect();
         let fed: Vec<Fed> = micro.iter().map(|rows| Fed::new(rows, &self.how.targets)).collect();
@@ -333,15 +361,28 @@ impl Learner {
                 inputs.push(rates);
                 let out = self.session.run(step, &inputs)?;
                 let loss = out.f32(LOSS)?[0] as f64;
-                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)? })
+                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)?, targets })
             }
             Programs::Parts { accumulate, apply } => {
                 let mut loss = 0.0;
                 for i in 0..micro.len() {
                     loss += self.session.run(accumulate, &inputs(i))?.f32(LOSS)?[0] as f64;
                 }
+                if group.size() > 1 {
+                    // Each process has divided by the targets of all: the sum is the mean over all of them.
+                    let mut all = [loss as f32];
+                    group.sum(&mut all);
+                    loss = all[0] as f64;
+                    for p in &self.parameters {
+                        let name = step::grad_state(&p.name);
+                        let mut sum: Vec<f32> =
+                            bytemuck::cast_slice(self.session.state_bytes(&name)?).to_vec();
+                        group.sum(&mut sum);
+                        self.session.set_state(&name, bytemuck::cast_slice(&sum))?;
+                    }
+                }
                 let out = self.session.run(apply, &[rates])?;
-                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)? })
+                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)?, targets })
             }
         }
     }
@@ -586,7 +627,7 @@ impl Graphs {
         let shapes: Vec<(String, Vec<usize>)> =
             parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
         Ok(Graphs {
-            whole: (how.accumulate == 1)
+            whole: (how.accumulate == 1 && how.processes == 1)
                 .then(|| step::update(leaves.trace(), loss, &how.optimiser))
                 .transpose()?,
             accumulate: step::accumulate(leaves.trace(), loss)?,
@@ -650,7 +691,7 @@ fn refused(budget: usize, least: usize, kept: usize, how: &How) -> Error {
         megabytes(least),
         megabytes(kept),
     );
-    if how.optimiser.clip.is_some() && how.accumulate == 1 {
+    if how.optimiser.clip.is_some() && how.accumulate == 1 && how.processes == 1 {
         problem += "; without clipping (optimiser.clip = 0) gradients need not exist all at once";
     }
     Error::config("run.memory", problem)

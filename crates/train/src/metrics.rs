@@ -81,7 +81,8 @@ impl Record {
 
 /// The file, open for more lines.
 pub struct Metrics {
-    file: File,
+    /// `None`: nothing is kept, another process keeps them.
+    file: Option<File>,
     path: PathBuf,
 }
 
@@ -98,7 +99,12 @@ impl Metrics {
         }
         kept.commit()?;
         let file = File::options().append(true).open(path).map_err(Error::io("open", path))?;
-        Ok(Metrics { file, path: path.to_path_buf() })
+        Ok(Metrics { file: Some(file), path: path.to_path_buf() })
+    }
+
+    /// Keeps nothing.
+    pub fn none() -> Metrics {
+        Metrics { file: None, path: PathBuf::new() }
     }
 
     /// Adds a line.
@@ -106,7 +112,8 @@ impl Metrics {
     /// # Errors
     /// If the disk is full or fails.
     pub fn add(&mut self, record: &Record) -> Result<(), Error> {
-        write(&mut self.file, record).map_err(Error::io("write", &self.path))
+        let Some(file) = &mut self.file else { return Ok(()) };
+        write(file, record).map_err(Error::io("write", &self.path))
     }
 }
 

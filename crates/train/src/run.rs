@@ -15,6 +15,7 @@ mod prepare;
 
 use crate::config::{Config, Receipt, Settings};
 use crate::data::{Batches, Corpus, PackedRows, Rows};
+use crate::group::{Alone, Group};
 use crate::learner::Base;
 use crate::lora::{self, Finetuned, Material};
 use crate::metrics::{Metrics, Record, StepRecord};
@@ -80,6 +81,8 @@ pub struct Run {
     learner: Learner,
     finetuned: Option<Finetuned>,
     progress: Progress,
+    /// The processes that train together; the first one writes the folder.
+    group: Box<dyn Group>,
     /// Operations a second that the machine can do at most.
     peak: f64,
     /// Operations of learning from one token.
@@ -92,7 +95,23 @@ impl Run {
     ///
     /// # Errors
     /// Settings that make no sense, text that cannot be trained on, a folder that holds a run already.
-    pub fn start(folder: &Path, mut config: Config) -> Result<Run, Error> {
+    pub fn start(folder: &Path, config: Config) -> Result<Run, Error> {
+        Run::start_in(folder, config, Box::new(Alone))
+    }
+
+    /// As [`Run::start`], by all processes of `group` together, which see the same folder: the first one writes it.
+    ///
+    /// # Errors
+    /// As [`Run::start`]; then the other processes wait in vain, and have to be ended.
+    pub fn start_in(folder: &Path, mut config: Config, group: Box<dyn Group>) -> Result<Run, Error> {
+        if group.rank() > 0 {
+            group.sum_counts(&mut [0]);
+            return Run::resume_in(folder, group);
+        }
+        if group.size() > 1 && config.finetune.is_some() {
+            return Err(Error::config("finetune", "is done by one process; start it without mpirun"));
+        }
+        config.run.processes = Some(group.size());
         let settings_file = folder.join("config.toml");
         if settings_file.exists() {
             return Err(Error::config(
@@ -111,6 +130,9 @@ impl Run {
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         write_file(&settings_file, run.config.to_toml().as_bytes())?;
         run.initialise()?;
+        // The others wait here for the folder.
+        group.sum_counts(&mut [0]);
+        run.group = group;
         Ok(run)
     }
 
@@ -128,6 +150,14 @@ impl Run {
     /// # Errors
     /// If there is none, or its files do not belong together.
     pub fn resume(folder: &Path) -> Result<Run, Error> {
+        Run::resume_in(folder, Box::new(Alone))
+    }
+
+    /// As [`Run::resume`], by as many processes as it was started with.
+    ///
+    /// # Errors
+    /// As [`Run::resume`]; if they are more or fewer.
+    pub fn resume_in(folder: &Path, group: Box<dyn Group>) -> Result<Run, Error> {
         let settings_file = folder.join("config.toml");
         if !settings_file.exists() {
             return Err(Error::config(folder.display().to_string(), "holds no run (no config.toml)"));
@@ -145,7 +175,15 @@ impl Run {
                 prepared
             }
         };
-        Run::assemble(folder, config, prepared)?.taken_up()
+        let mut run = Run::assemble(folder, config, prepared)?;
+        let (before, now) = (run.settings.processes, group.size());
+        if before != now {
+            let problem =
+                format!("the run was started with {before}, not {now}: its rows are dealt out to {before}");
+            return Err(Error::config("run.processes", problem));
+        }
+        run.group = group;
+        run.taken_up()
     }
 
     /// Starts a run that fine-tunes `opened` on rows of the caller's, with the `[finetune]` of `config`, or takes up the
@@ -197,6 +235,7 @@ impl Run {
             ctx: settings.ctx,
             accumulate: settings.accumulate,
             targets: p.targets,
+            processes: settings.processes,
             optimiser: settings.optimiser,
             samples: settings.sample_every > 0,
             options: Options {
@@ -224,6 +263,7 @@ impl Run {
             learner,
             finetuned: p.finetuned,
             progress: Progress::default(),
+            group: Box::new(Alone),
             peak,
             flop_per_token,
         })
@@ -307,13 +347,22 @@ impl Run {
         &self.progress
     }
 
-    /// Trains until all steps are done or `stop` is set; then there is a checkpoint, and the report is written.
+    /// Whether this is the process that writes the folder.
+    pub fn leads(&self) -> bool {
+        self.group.rank() == 0
+    }
+
+    /// Trains until all steps are done or `stop` is set (in any of its processes); then there is a checkpoint, and the
+    /// report is written.
     ///
     /// # Errors
     /// [`Error::Diverged`] if the loss is no number any more or has risen too far: the last checkpoint is from before.
     /// Full disks.
     pub fn go(&mut self, stop: &AtomicBool, on: &mut dyn FnMut(Event)) -> Result<Finished, Error> {
-        let mut metrics = Metrics::open(&self.folder.join("metrics.jsonl"), self.progress.step)?;
+        let mut metrics = match self.leads() {
+            true => Metrics::open(&self.folder.join("metrics.jsonl"), self.progress.step)?,
+            false => Metrics::none(),
+        };
         let mut saved = self.progress.step;
         let result = self.steps(stop, &mut metrics, &mut saved, on);
         if let Err(e @ Error::Diverged { step, .. }) = &result {
@@ -330,7 +379,7 @@ impl Run {
             self.save(&mut saved, on)?;
         }
         let complete = self.gives_up() || self.progress.step >= self.settings.steps;
-        if complete && self.finetuned.is_none() {
+        if complete && self.finetuned.is_none() && self.leads() {
             self.export(&mut metrics, on)?;
             self.write_report()?;
         }
@@ -374,8 +423,8 @@ impl Run {
             self.evaluate(metrics, on)?;
             self.examine(metrics, on)?;
         }
-        while self.progress.step < self.settings.steps && !stop.load(Ordering::Relaxed) && !self.gives_up() {
-            if self.progress.step < self.settings.verify {
+        while self.progress.step < self.settings.steps && !self.stops(stop) && !self.gives_up() {
+            if self.progress.step < self.settings.verify && self.leads() {
                 self.second_opinion(metrics, on)?;
             }
             let record = self.step(*saved)?;
@@ -405,25 +454,35 @@ impl Run {
         Ok(())
     }
 
+    /// Whether any process has been told to stop: all have to stop behind the same step.
+    fn stops(&self, stop: &AtomicBool) -> bool {
+        let mut told = [u64::from(stop.load(Ordering::Relaxed))];
+        self.group.sum_counts(&mut told);
+        told[0] > 0
+    }
+
     /// One optimiser step, timed and watched.
     fn step(&mut self, saved: u64) -> Result<StepRecord, Error> {
         let s = &self.settings;
         let (start, t) = (Instant::now(), self.progress.step + 1);
         let mut micro = Vec::with_capacity(s.accumulate);
+        let (rank, size) = (self.group.rank(), self.group.size());
         for i in 0..s.accumulate {
-            micro.push(self.train.batch(self.progress.rows + (i * s.batch) as u64, s.batch)?);
+            let first = (i * size + rank) * s.batch;
+            micro.push(self.train.batch(self.progress.rows + first as u64, s.batch)?);
         }
         let lr = s.schedule.at(t);
-        let outcome = self.learner.step(&micro, t, lr)?;
+        let outcome = self.learner.step_in(&*self.group, &micro, t, lr)?;
         self.watch(&outcome, t, saved)?;
         let s = &self.settings;
         let seconds = start.elapsed().as_secs_f64();
         let p = &mut self.progress;
         p.step = t;
-        p.rows += (s.accumulate * s.batch) as u64;
-        p.targets += micro.iter().map(PackedRows::n_targets).sum::<usize>() as u64;
+        p.rows += (s.accumulate * s.batch * size) as u64;
+        p.targets += outcome.targets;
         p.seconds += seconds;
-        let tokens_per_second = micro.iter().map(PackedRows::n_tokens).sum::<usize>() as f64 / seconds;
+        let n_tokens = size * micro.iter().map(PackedRows::n_tokens).sum::<usize>();
+        let tokens_per_second = n_tokens as f64 / seconds;
         Ok(StepRecord {
             step: t,
             loss: outcome.loss,
@@ -432,7 +491,7 @@ impl Run {
             tokens: p.targets,
             seconds: p.seconds,
             tokens_per_second,
-            share_of_peak: tokens_per_second * self.flop_per_token / self.peak,
+            share_of_peak: tokens_per_second * self.flop_per_token / (self.peak * size as f64),
         })
     }
 
@@ -505,6 +564,10 @@ impl Run {
 
     /// Mean loss on the held-back part.
     fn evaluate(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        // The others go on to the next step and wait there for this one.
+        if !self.leads() {
+            return Ok(());
+        }
         let Some(loss) = self.held_back_loss()? else { return Ok(()) };
         let step = self.progress.step;
         let by_task = self.exam().is_some();
@@ -571,6 +634,9 @@ impl Run {
     }
 
     fn sample(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        if !self.leads() {
+            return Ok(());
+        }
         let step = self.progress.step;
         let Some(text) = self.write_on(&self.settings.sample_prompt.clone(), step)? else { return Ok(()) };
         metrics.add(&Record::Sample { step, sample: text.clone() })?;
@@ -594,8 +660,11 @@ impl Run {
     }
 
     fn save(&mut self, saved: &mut u64, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
-        let path = checkpoint::save(&self.checkpoints(), &self.learner, &self.progress, self.settings.keep)?;
         *saved = self.progress.step;
+        if !self.leads() {
+            return Ok(());
+        }
+        let path = checkpoint::save(&self.checkpoints(), &self.learner, &self.progress, self.settings.keep)?;
         on(Event::Saved(&path));
         Ok(())
     }
@@ -606,6 +675,9 @@ impl Run {
     }
 
     fn write_report(&self) -> Result<(), Error> {
+        if !self.leads() {
+            return Ok(());
+        }
         let records = crate::metrics::read(&self.folder.join("metrics.jsonl"))?;
         let html =
             report::report(&format!("Training: {}", self.name()), &self.config, &self.receipt, &records)

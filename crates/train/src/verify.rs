@@ -475,6 +475,7 @@ mod tests {
             ctx: 8,
             accumulate: 1,
             targets: Default::default(),
+            processes: 1,
             optimiser: Optimiser::default(),
             samples: false,
             options: Options::default(),

@@ -6,10 +6,15 @@ use sparsam_ir::{AdamW, DType, Muon, Precision, Trace};
 use sparsam_models::{Config, Model};
 use sparsam_runtime::{Data, Device, Options, Session, Weights};
 use sparsam_train::data::PackedRows;
+use sparsam_train::group::Group;
 use sparsam_train::optim::Optimiser;
 use sparsam_train::{How, Learner};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+#[path = "common/threads.rs"]
+mod threads;
+use threads::Threads;
 
 struct Golden {
     folder: PathBuf,
@@ -44,14 +49,15 @@ fn golden(case: &str) -> Golden {
     }
 }
 
-fn learner(g: &Golden, accumulate: usize, options: Options) -> Learner {
+fn learner(g: &Golden, accumulate: usize, processes: usize, options: Options) -> Learner {
     let source = Source::open(&g.folder).unwrap();
     let model = Model::new(Config::from_source(&source).unwrap());
     let how = How {
-        rows: g.shape[1] / accumulate,
+        rows: g.shape[1] / accumulate / processes,
         ctx: g.shape[2] - 1,
         accumulate,
         targets: Default::default(),
+        processes,
         optimiser: Optimiser {
             adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
             muon: None,
@@ -89,7 +95,7 @@ fn rows(g: &Golden, step: usize, accumulate: usize) -> Vec<PackedRows> {
 fn check(case: &str, accumulate: usize, options: Options, steps: usize) {
     let g = golden(case);
     let what = format!("{case}, accumulate {accumulate}, eager {}", options.eager);
-    let mut learner = learner(&g, accumulate, options);
+    let mut learner = learner(&g, accumulate, 1, options);
     for step in 0..steps {
         let got = learner.step(&rows(&g, step, accumulate), step as u64 + 1, g.lr[step] as f64).unwrap();
         // Twice PyTorch's own error in f32 up to here, and the rounding of the stored number.
@@ -117,6 +123,33 @@ fn ten_steps_node_by_node() {
     }
 }
 
+/// Three processes with a row each take PyTorch's steps on all three rows, and have the same weights bit for bit.
+#[test]
+fn ten_steps_of_three_processes() {
+    for case in ["llama", "gpt2"] {
+        let threads = Threads::all(3).into_iter().map(|group| {
+            std::thread::spawn(move || {
+                let g = golden(case);
+                let mut learner = learner(&g, 1, 3, Options::default());
+                for step in 0..10 {
+                    let own = vec![rows(&g, step, 3)[group.rank()].clone()];
+                    let got = learner.step_in(&group, &own, step as u64 + 1, g.lr[step] as f64).unwrap();
+                    let band =
+                        3.0 * g.f32_error[step] as f64 + 4.0 * f32::EPSILON as f64 * g.loss[step] as f64;
+                    let off = (got.loss - g.loss[step] as f64).abs();
+                    assert!(off <= band, "{case}: step {step}: loss {} not {}", got.loss, g.loss[step]);
+                    assert_eq!(got.targets, 48);
+                }
+                let names = learner.kept();
+                names.iter().flat_map(|(n, _)| learner.state(n).unwrap().to_vec()).collect::<Vec<f32>>()
+            })
+        });
+        let threads: Vec<_> = threads.collect();
+        let all: Vec<Vec<f32>> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+        assert!(all[0] == all[1] && all[1] == all[2], "{case}: the processes have different weights");
+    }
+}
+
 /// Products in bf16 stray from the truth, but by no more than twice what PyTorch's do.
 #[test]
 fn two_hundred_steps_in_bf16() {
@@ -125,7 +158,7 @@ fn two_hundred_steps_in_bf16() {
         let half = |eager| Options { eager, precision: Some(Precision::Bf16), ..Options::default() };
         for (options, steps) in [(half(false), g.loss.len()), (half(true), 10)] {
             let eager = options.eager;
-            let mut learner = learner(&g, 1, options);
+            let mut learner = learner(&g, 1, 1, options);
             let mut furthest = 0f64;
             for step in 0..steps {
                 let got = learner.step(&rows(&g, step, 1), step as u64 + 1, g.lr[step] as f64).unwrap();

@@ -196,6 +196,7 @@ fn learner(targets: Targets, ratio_b: f64) -> Learner {
         rows: 1,
         ctx: 24,
         accumulate: 1,
+        processes: 1,
         targets,
         optimiser,
         samples: false,

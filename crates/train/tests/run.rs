@@ -6,6 +6,10 @@ use sparsam_train::{Error, Event, Run, checkpoint};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+#[path = "common/threads.rs"]
+mod threads;
+use threads::Threads;
+
 /// Sentences in which the next word can be guessed.
 fn text() -> String {
     let (who, what) = (["the cat", "a dog", "the owl", "my cow"], ["sees", "hears", "likes"]);
@@ -124,6 +128,62 @@ fn a_run_stopped_and_taken_up_again_is_the_run_that_was_not() {
         assert!(weights(&mut a) == weights(&mut b), "{more}: weights or moments differ");
         assert_eq!(losses(&whole), losses(&parts));
     }
+}
+
+/// Two processes train in one folder as one with twice the rows; the folder goes on with two, not with one.
+#[test]
+fn two_processes_are_one_with_twice_the_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    let joint = SHORT.replace("batch = 4", "batch = 8");
+    let mut alone = Run::start(&one, config(dir.path(), &joint)).unwrap();
+    go(&mut alone);
+    let together = |resume: bool| -> Vec<Vec<(String, Vec<u32>)>> {
+        let threads = Threads::all(2).into_iter().map(|group| {
+            let (folder, config) = (two.clone(), config(dir.path(), SHORT));
+            std::thread::spawn(move || {
+                let group = Box::new(group);
+                let mut run = match resume {
+                    true => Run::resume_in(&folder, group).unwrap(),
+                    false => Run::start_in(&folder, config, group).unwrap(),
+                };
+                // One of them is told to stop: both do, behind the same step.
+                let (stop, second) = (AtomicBool::new(false), !run.leads());
+                let done = run
+                    .go(&stop, &mut |e| {
+                        if matches!(e, Event::Step(s) if s.step == 6 && second) {
+                            stop.store(true, Ordering::Relaxed);
+                        }
+                    })
+                    .unwrap();
+                assert_eq!((done.progress.step, done.complete), if resume { (12, true) } else { (6, false) });
+                weights(&mut run)
+            })
+        });
+        let threads: Vec<_> = threads.collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    };
+    together(false);
+    let e = Run::resume(&two).err().unwrap().to_string();
+    assert!(e.contains("run.processes: the run was started with 2, not 1"), "{e}");
+    let both = together(true);
+    assert!(both[0] == both[1], "the processes have different weights");
+    // The joint batch's, but for the order of sums.
+    let f = |bits: &u32| f32::from_bits(*bits) as f64;
+    for ((name, a), (_, b)) in
+        weights(&mut alone).iter().zip(&both[0]).filter(|((n, _), _)| n.contains("adamw.m"))
+    {
+        let norm = |x: f64| x * x;
+        let off: f64 = a.iter().zip(b).map(|(a, b)| norm(f(a) - f(b))).sum();
+        let all: f64 = a.iter().map(|a| norm(f(a))).sum();
+        assert!(off.sqrt() <= 1e-3 * all.sqrt(), "{name}: {} of {}", off.sqrt(), all.sqrt());
+    }
+    let held =
+        |folder: &Path| losses(folder).into_iter().filter(|(step, _)| *step > 1000).collect::<Vec<_>>();
+    for (a, b) in held(&one).iter().zip(&held(&two)) {
+        assert!(a.0 == b.0 && (f64::from_bits(a.1) - f64::from_bits(b.1)).abs() < 1e-4, "{a:?} {b:?}");
+    }
+    assert!(two.join("model.gguf").exists());
 }
 
 /// The loss falls under Muon, and its matrices have one moment.
