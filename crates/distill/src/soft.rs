@@ -163,7 +163,7 @@ pub(crate) fn written(
     while open > 0 {
         for output in batcher.step()? {
             if let Some(&i) = asked.get(&output.id) {
-                all[i].push(output.token);
+                all[i].extend(output.token);
                 open -= usize::from(output.finish.is_some());
             }
         }
