@@ -266,6 +266,25 @@ mod tests {
         assert_eq!(sum.into_inner(), (0..regions).map(|r| 2 + r % 5).sum());
     }
 
+    /// Both threads are inside of each region, and the worker takes longer.
+    #[test]
+    fn a_region_ends_when_all_who_entered_are_done() {
+        let pool = Pool::new(2);
+        let caller = std::thread::current().id();
+        for region in 0..10 {
+            let both = std::sync::Barrier::new(2);
+            let done = AtomicUsize::new(0);
+            pool.run(2, |_| {
+                both.wait();
+                if std::thread::current().id() != caller {
+                    std::thread::sleep(std::time::Duration::from_millis(3));
+                }
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 2, "region {region}");
+        }
+    }
+
     #[test]
     fn pieces_are_all_of_it_in_order() {
         for threads in 1..4 {

@@ -3,7 +3,7 @@
 //! Speeds are quoted as shares of these (Williams et al. 2009, the roofline model). Each figure is the best of several
 //! short runs on all threads, since whatever disturbs a run only makes it slower.
 
-use crate::Context;
+use crate::{AlignedBytes, Context};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -31,8 +31,10 @@ pub enum Arithmetic {
 pub fn read_bandwidth(ctx: &Context) -> f64 {
     let threads = ctx.pool().threads();
     let words = BYTES / 8;
-    // Ones, so that the pages exist: untouched ones would all be the same zero page.
-    let data = vec![1_u64; words];
+    // In large pages as weights are, and filled, so that the pages exist.
+    let mut bytes = AlignedBytes::zeroed(BYTES);
+    bytes.bytes_mut().fill(1);
+    let data: &[u64] = bytemuck::cast_slice(bytes.bytes());
     best(BYTES as f64, || {
         ctx.pool().run(threads, |t| {
             let part = &data[words * t / threads..words * (t + 1) / threads];

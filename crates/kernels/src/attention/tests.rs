@@ -28,7 +28,9 @@ pub(super) struct Case {
     pub kv_heads: usize,
     pub dim: usize,
     pub v_dim: usize,
+    /// Of keys and values.
     pub dtype: DType,
+    pub q_dtype: DType,
     pub q: Vec<f32>,
     pub k: Vec<f32>,
     pub v: Vec<f32>,
@@ -130,6 +132,11 @@ impl Case {
             dim,
             v_dim,
             dtype,
+            // An engine has its cache alone in a narrow type.
+            q_dtype: match index {
+                Index::Packed { .. } if dtype == DType::BF16 => DType::BF16,
+                _ => DType::F32,
+            },
             q: make(n * heads * dim, 3.0),
             k: make(slots * kv_heads * dim, 3.0),
             v: make(slots * kv_heads * v_dim, 1.0),
@@ -171,10 +178,7 @@ impl Case {
         let n = rows.len();
         let slots = self.k.len() / (self.kv_heads * self.dim).max(1);
         let q = &self.q[rows.start * self.heads * self.dim..rows.end * self.heads * self.dim];
-        // Training has all in bf16, an engine only its cache.
-        let packed_bf16 = self.dtype == DType::BF16 && matches!(self.index, Index::Packed { .. });
-        let q_type = if packed_bf16 { DType::BF16 } else { DType::F32 };
-        let q = floats(&mut mem, q_type, q, [n, self.heads, self.dim]);
+        let q = floats(&mut mem, self.q_dtype, q, [n, self.heads, self.dim]);
         let k = floats(&mut mem, self.dtype, &self.k, [slots, self.kv_heads, self.dim]);
         let v = floats(&mut mem, self.dtype, &self.v, [slots, self.kv_heads, self.v_dim]);
         let out = floats(
@@ -480,7 +484,7 @@ impl Case {
         let n = self.rows();
         let Index::Packed { row_start } = &self.index else { panic!("only packed calls have gradients") };
         let row_start = i32s(&mut mem, row_start, &[n]);
-        let q = floats(&mut mem, self.dtype, &self.q, [n, self.heads, self.dim]);
+        let q = floats(&mut mem, self.q_dtype, &self.q, [n, self.heads, self.dim]);
         let k = floats(&mut mem, self.dtype, &self.k, [n, self.kv_heads, self.dim]);
         let v = floats(&mut mem, self.dtype, &self.v, [n, self.kv_heads, self.v_dim]);
         let shape = [n, self.heads, self.v_dim];
@@ -640,7 +644,13 @@ fn bf16_inputs_cost_their_own_rounding_and_no_more() {
                             "{name} {d}: {cpu} {shape:?} {lengths:?}"
                         );
                     }
+                    // Training keeps queries in f32: what they are stored in must not choose another road.
+                    let wide = Case { q_dtype: DType::F32, ..case.clone() };
                     let all = (got, back);
+                    assert!(
+                        (wide.run(&ctx, 0..case.rows()), wide.run_backward(&ctx, &dout)) == all,
+                        "queries in f32: {cpu} {shape:?}"
+                    );
                     assert!(*first.get_or_insert(all.clone()) == all, "threads change bits: {cpu}");
                 }
             }

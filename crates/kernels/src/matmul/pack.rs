@@ -85,15 +85,17 @@ pub(crate) unsafe fn pack(
     width: usize,
     packing: Packing,
 ) {
-    let (mut src, mut kc, mut dst) = (*src, kc, dst);
+    // Elements that the vector version takes; what is left is written below.
     #[cfg(target_arch = "x86_64")]
-    if packing.cpu.simd >= Simd::Avx2 {
+    let done = match packing.cpu.simd >= Simd::Avx2 {
         // SAFETY: the caller's promise; `Context` vouches for the instructions.
-        let done = unsafe { super::pack_x86::pack(&src, lanes, kc, dst, width, packing) };
-        (src, kc) = (src.at(0, done), kc - done);
-        dst = dst.wrapping_add(packing.steps(done) * width);
-    }
-    let src = &src;
+        true => unsafe { super::pack_x86::pack(src, lanes, kc, dst, width, packing) },
+        false => 0,
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    let (src, kc) = (&src.at(0, done), kc - done);
+    let dst = dst.wrapping_add(packing.steps(done) * width);
     // SAFETY: the caller's promise; each loader reads the element type that the source holds.
     unsafe {
         match src.dtype {
