@@ -1,33 +1,12 @@
 //! The binary as a person uses it: results on stdout, words on stderr, exit codes, and what it says of bad input.
 
+mod common;
+
+use common::{fails, model, sparsam, stdout};
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-
-fn sparsam(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sparsam")).args(args).stdin(Stdio::null()).output().unwrap()
-}
-
-fn stdout(out: &Output) -> String {
-    let err = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{err}");
-    String::from_utf8(out.stdout.clone()).unwrap()
-}
-
-#[track_caller]
-fn fails(args: &[&str], code: i32, says: &str) {
-    let out = sparsam(args);
-    let err = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(code), "{args:?}: {err}");
-    assert!(err.contains(says), "{args:?} should say {says:?}:\n{err}");
-    assert!(out.stdout.is_empty(), "{args:?} printed a result");
-}
-
-/// The real model's path; `None` if the user wants no tests on it.
-fn model() -> Option<String> {
-    Some(sparsam_testkit::smollm2()?.to_str().unwrap().to_string())
-}
+use std::process::{Command, Stdio};
 
 #[test]
 fn wrong_usage_exits_with_2_and_failures_with_1() {

@@ -1,5 +1,7 @@
 //! `sparsam distill` as a person uses it: asked through a server of the test's own, killed, resumed, capped.
 
+mod common;
+
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -257,15 +259,7 @@ fn a_local_teacher_says_the_same_alone_and_among_others() {
 
 /// The tiny model of the adapters' goldens with a tokenizer of bytes, and a teacher's answers to 40 questions.
 fn classroom(folder: &Path) {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../train/tests/golden/lora/tiny");
-    let model = folder.join("model");
-    std::fs::create_dir_all(&model).unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        std::fs::copy(tiny.join(name), model.join(name)).unwrap();
-    }
-    let bytes = sparsam_tokenizer::train::byte_vocabulary();
-    std::fs::write(model.join("tokenizer.json"), bytes.tokenizer).unwrap();
-    std::fs::write(model.join("tokenizer_config.json"), bytes.config).unwrap();
+    common::bytes_model(folder);
     let line = |i: usize| {
         let text = format!("{i} + {i}. So the answer is ({i} * 2).");
         json!({"question": format!("Twice {i}?"), "answer": 2 * i, "teacher": text}).to_string() + "\n"

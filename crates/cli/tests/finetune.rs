@@ -1,5 +1,7 @@
 //! `sparsam finetune` as a process: killed at any moment, it ends with the same adapter.
 
+mod common;
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -11,15 +13,7 @@ fn sparsam() -> Command {
 }
 
 fn workplace(dir: &Path) {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../train/tests/golden/lora/tiny");
-    let model = dir.join("model");
-    std::fs::create_dir_all(&model).unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        std::fs::copy(tiny.join(name), model.join(name)).unwrap();
-    }
-    let bytes = sparsam_tokenizer::train::byte_vocabulary();
-    std::fs::write(model.join("tokenizer.json"), bytes.tokenizer).unwrap();
-    std::fs::write(model.join("tokenizer_config.json"), bytes.config).unwrap();
+    common::bytes_model(dir);
     let line = |i: usize| format!("{{\"prompt\": \"{i} and {}\", \"completion\": \"{}\"}}\n", i % 7, i % 2);
     std::fs::write(dir.join("data.jsonl"), (0..150).map(line).collect::<String>()).unwrap();
 }

@@ -1,35 +1,14 @@
 //! `sparsam quantize` and `sparsam eval` of two models, as a person uses them.
 
+mod common;
+
+use common::{bytes_model, fails, model, sparsam, stdout};
 use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-
-fn sparsam(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sparsam")).args(args).stdin(Stdio::null()).output().unwrap()
-}
-
-fn stdout(out: &Output) -> String {
-    let err = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{err}");
-    String::from_utf8(out.stdout.clone()).unwrap()
-}
+use std::process::{Command, Output};
 
 fn json(args: &[&str]) -> Value {
     serde_json::from_str(&stdout(&sparsam(args))).unwrap()
-}
-
-#[track_caller]
-fn fails(args: &[&str], code: i32, says: &str) {
-    let out = sparsam(args);
-    let err = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(code), "{args:?}: {err}");
-    assert!(err.contains(says), "{args:?} should say {says:?}:\n{err}");
-    assert!(out.stdout.is_empty(), "{args:?} printed a result");
-}
-
-/// The real model's path; `None` if the user wants no tests on it.
-fn model() -> Option<String> {
-    Some(sparsam_testkit::smollm2()?.to_str().unwrap().to_string())
 }
 
 /// A tiny model without a tokenizer; its rows of 24 are no whole blocks of anything.
@@ -41,20 +20,6 @@ fn tiny() -> String {
 fn shakespeare() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/golden/shakespeare-head.txt");
     path.to_str().unwrap().to_string()
-}
-
-/// A folder in Hugging Face's layout: a Llama of 2 layers, 32 wide, that reads and writes bytes.
-fn bytes_model(dir: &Path) -> String {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../train/tests/golden/lora/tiny");
-    let model = dir.join("model");
-    std::fs::create_dir_all(&model).unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        std::fs::copy(tiny.join(name), model.join(name)).unwrap();
-    }
-    let bytes = sparsam_tokenizer::train::byte_vocabulary();
-    std::fs::write(model.join("tokenizer.json"), bytes.tokenizer).unwrap();
-    std::fs::write(model.join("tokenizer_config.json"), bytes.config).unwrap();
-    model.to_str().unwrap().to_string()
 }
 
 /// From a safetensors folder, calibrated on text that the model writes itself, healed, scored; the same bytes again.
