@@ -1,6 +1,8 @@
-//! Packed weights at the shapes of SmolLM2-135M: one token (GB/s of weights) and a prompt of 512 (GOP/s).
+//! Packed weights at the shapes of SmolLM2-135M: one token (GB/s of weights) and a prompt of 512 (GOP/s); and each type that
+//! is written, one row against more weights than caches hold, beside the roof (`one row`).
 //!
-//! `cargo bench -p sparsam-kernels --bench weight [-- NAME]`; `SPARSAM_SIMD`, `BENCH_THREADS`, `BENCH_SECONDS`.
+//! `cargo bench -p sparsam-kernels --bench weight [-- NAME]`; `SPARSAM_SIMD`, `BENCH_THREADS`, `BENCH_SECONDS`,
+//! `BENCH_ROWS`.
 
 mod common;
 
@@ -81,12 +83,76 @@ impl Model {
     }
 }
 
+/// The types that `sparsam quantize` writes, from the smallest.
+const WRITTEN: [DType; 15] = [
+    DType::S2_64,
+    DType::Q2_K,
+    DType::S3_64,
+    DType::Q3_K,
+    DType::S4_64,
+    DType::IQ4_XS,
+    DType::Q4_0,
+    DType::IQ4_NL,
+    DType::Q4_K,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_K,
+    DType::Q5_1,
+    DType::Q6_K,
+    DType::Q8_0,
+];
+
+/// Matrices of one type that take three times a large cache together, their numbers the same few rows again and again; with
+/// `BENCH_ROWS` one matrix of so many rows, to see what kernels do in cache.
+fn cold(dtype: DType) -> Vec<Weight> {
+    const BYTES: usize = 96 << 20;
+    const COLS: usize = 2048;
+    let few = std::env::var("BENCH_ROWS").ok().and_then(|rows| rows.parse::<usize>().ok());
+    let rows = few.unwrap_or(4096).next_multiple_of(16);
+    let pages = &mut Pages::default();
+    let mut bytes = vec![0; dtype.bytes_for(16 * COLS).expect("whole blocks")];
+    codec::encode(dtype, &numbers(16 * COLS, 7), &mut bytes).expect("a type that is written");
+    let bytes = bytes.repeat(rows / 16);
+    let count = few.map_or(BYTES.div_ceil(bytes.len()), |_| 1);
+    let pack = |_| Weight::pack_in(pages, dtype, rows, COLS, &bytes).expect("a whole matrix");
+    (0..count).map(pack).collect()
+}
+
+/// Speed of `m` rows with 8-bit activations against cold weights.
+fn streams(ctx: &Context, m: usize, roof: f64) {
+    let of = if m == 1 { "one row".to_string() } else { format!("{m} rows") };
+    for dtype in WRITTEN {
+        let name = format!("{dtype} {of}");
+        if !wanted(&name) {
+            continue;
+        }
+        let ws = cold(dtype);
+        let mut mem = Memory::new();
+        let a = tensor(&mut mem, &[m, ws[0].cols()], 5);
+        let out = View::contiguous(mem.add_owned(m * ws[0].rows() * 4), DType::F32, &[m, ws[0].rows()]);
+        let bytes: usize = ws.iter().map(Weight::bytes).sum();
+        let (t, median) = best(|| {
+            for w in &ws {
+                matmul(ctx, &mut mem, &[&out], &a, &[w], Precision::Int8).expect("shapes fit");
+            }
+        });
+        let gb = bytes as f64 / 1e9;
+        println!(
+            "{name:14} {:5.1} GB/s (median {:5.1}), {:3.0}% of memory",
+            gb / t,
+            gb / median,
+            100.0 * gb / t / roof
+        );
+    }
+}
+
 fn main() {
     let ctx = context();
     let roof = read_bandwidth(&ctx);
     println!("{} threads, {}; {roof:.1} GB/s read from memory", ctx.pool().threads(), ctx.cpu());
     use DType::*;
     use Precision::{Bf16, Int8};
+    [1, 2, 3, 4].into_iter().for_each(|m| streams(&ctx, m, roof));
     let sets = [
         (Q4_0, Int8),
         (Q4_1, Int8),

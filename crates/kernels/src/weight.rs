@@ -13,6 +13,8 @@ mod int8;
 mod int8_x86;
 mod nf4;
 mod panel;
+#[cfg(target_arch = "x86_64")]
+mod single_x86;
 mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod unpack_x86;

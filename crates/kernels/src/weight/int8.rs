@@ -33,6 +33,10 @@ pub(super) const CODES: usize = BLOCK * PANEL;
 /// Rows of activations that one task multiplies with an unpacked panel: a multiple of every strip.
 const ROWS: usize = 516;
 
+/// Rows up to which each is multiplied with the packed panels on its own, where a format has such a product: a panel
+/// stays in cache, and one code a byte is worth writing down for more rows only.
+const FEW: usize = 3;
+
 /// How a format's codes are to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Format {
@@ -182,11 +186,11 @@ pub(super) struct Tiles {
 /// The most rows of a strip.
 pub(super) const MAX_STRIP: usize = 6;
 
-/// One row (row 0 of `acts` and `sums`) times one packed panel; 16 results go to `out`.
+/// One row of `acts` and `sums` times one packed panel; 16 results go to `out`.
 ///
 /// # Safety
 /// As for [`Tile`]; the panel holds `acts.blocks` blocks.
-pub(super) type Single = unsafe fn(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32);
+pub(super) type Single = unsafe fn(acts: &Acts, sums: &Sums, row: usize, panel: &[u8], out: *mut f32);
 
 impl Tiles {
     fn new(cpu: Cpu, dtype: DType, format: Format) -> Tiles {
@@ -264,19 +268,19 @@ pub(super) fn run(ctx: &Context, targets: &[Target], a: Lanes, m: usize, k: usiz
             kinds.len() - 1
         });
         let sums = Sums { start: kinds[i].1.shared(), scaled: kinds[i].2.shared() };
-        let wide = if m == 1 && tiles.single.is_some() { 1 } else { tiles.panels };
+        let wide = if m <= FEW && tiles.single.is_some() { 1 } else { tiles.panels };
         units += target.weight.panels().div_ceil(wide);
         jobs.push(Job { target, tiles, sums, parts: format.parts, wide, end: units });
     }
 
-    if m == 1 {
+    if m <= FEW {
         let pieces = ctx.pool().pieces(units);
         tasks(ctx.pool(), parallel, pieces.len(), |t| {
             for unit in pieces[t].clone() {
                 let (job, first) = find(&jobs, unit);
                 match job.tiles.single {
-                    Some(single) => job.single(single, &acts, first),
-                    None => job.unit(cpu, &acts, first, 0..1),
+                    Some(single) => (0..m).for_each(|row| job.single(single, &acts, row, first)),
+                    None => job.unit(cpu, &acts, first, 0..m),
                 }
             }
         });
@@ -366,19 +370,19 @@ impl Job<'_> {
         self.target.weight
     }
 
-    /// Row 0 times one packed panel.
-    fn single(&self, single: Single, acts: &Acts, panel: usize) {
+    /// One row times one packed panel.
+    fn single(&self, single: Single, acts: &Acts, row: usize, panel: usize) {
         let cols = (self.weight().rows() - panel * PANEL).min(PANEL);
         let out = self.target.out;
         let bytes = self.weight().panel_from(panel, 0);
         // SAFETY: the panel has `acts.blocks` blocks; results go to columns of the output that are this task's own.
         unsafe {
             if cols == PANEL && out.cs == 1 {
-                single(acts, &self.sums, bytes, out.at(0, panel * PANEL));
+                single(acts, &self.sums, row, bytes, out.at(row, panel * PANEL));
             } else {
                 let mut full = [0.0; PANEL];
-                single(acts, &self.sums, bytes, full.as_mut_ptr());
-                (0..cols).for_each(|j| *out.at(0, panel * PANEL + j) = full[j]);
+                single(acts, &self.sums, row, bytes, full.as_mut_ptr());
+                (0..cols).for_each(|j| *out.at(row, panel * PANEL + j) = full[j]);
             }
         }
     }
@@ -440,7 +444,7 @@ mod tests {
     use super::*;
     use crate::Precision;
     use crate::matmul::tests::numbers;
-    use crate::weight::tests::{product, types, weight};
+    use crate::weight::tests::{halves, product, types, weight};
 
     fn integer_types() -> impl Iterator<Item = DType> {
         types().filter(|&d| Format::of(d).is_some())
@@ -468,6 +472,34 @@ mod tests {
                 for cpu in Cpu::all() {
                     let got = product(cpu, 2, &a, m, &[&w], Precision::Int8);
                     assert!(got == want, "{dtype} {m} {n} {k} {cpu}");
+                }
+            }
+        }
+    }
+
+    /// The largest codes times the largest activations: no version's narrow sums overflow.
+    #[test]
+    fn extreme_codes_and_activations() {
+        for dtype in integer_types() {
+            let (n, k) = (17, 512);
+            let encoded = weight(dtype, n, k, 27).0;
+            for fill in [0x00, 0x7F, 0x80, 0xFF] {
+                let mut bytes = vec![fill; encoded.len()];
+                let len = dtype.block_bytes();
+                for (block, encoded) in bytes.chunks_mut(len).zip(encoded.chunks(len)) {
+                    halves(dtype)
+                        .iter()
+                        .for_each(|&at| block[at..at + 2].copy_from_slice(&encoded[at..at + 2]));
+                }
+                let w = Weight::pack(dtype, n, k, &bytes).unwrap();
+                for m in [1, 5] {
+                    let a: Vec<f32> = (0..m * k).map(|i| if i / 64 % 3 == 1 { -2.0 } else { 2.0 }).collect();
+                    let want = product(Cpu::SCALAR, 1, &a, m, &[&w], Precision::Int8);
+                    assert!(want[0].iter().all(|v| v.is_finite()), "{dtype} {fill}");
+                    for cpu in Cpu::all() {
+                        let got = product(cpu, 1, &a, m, &[&w], Precision::Int8);
+                        assert!(got == want, "{dtype} {fill:x} {m} {cpu}");
+                    }
                 }
             }
         }

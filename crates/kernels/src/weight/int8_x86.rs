@@ -5,11 +5,11 @@
 //! 31 over half of one, codes up to 63 over a quarter; 8-bit codes go in with their magnitude, the sign moved to the activation
 //! (2 x 128 x 127 = 32,512), and are widened at once.
 
-use super::int8::{Acts, Args, BLOCK, Format, MAX_STRIP, Single, Sums, Tile, Tiles, scale};
+use super::int8::{Acts, Args, BLOCK, Format, MAX_STRIP, Tile, Tiles, scale};
+use super::single_x86;
 use crate::matmul::tile::PANEL;
 use crate::{Cpu, Simd};
 use sparsam_dtype::DType;
-use sparsam_dtype::codec::IQ4_VALUES;
 use std::arch::x86_64::*;
 
 /// The tiles for `cpu`; `None` if it has neither instruction set.
@@ -21,18 +21,7 @@ pub(super) fn tiles(cpu: Cpu, dtype: DType, format: Format) -> Option<Tiles> {
             (false, _) => vnni_table::<false, 2>(),
             (true, _) => vnni_table::<true, 2>(),
         };
-        let single: Option<Single> = match dtype {
-            DType::Q4_0 => Some(vnni_nibbles::<Q4_0>),
-            DType::Q4_1 => Some(vnni_nibbles::<Q4_1>),
-            DType::Q5_0 => Some(vnni_nibbles::<Q5_0>),
-            DType::Q5_1 => Some(vnni_nibbles::<Q5_1>),
-            DType::IQ4_NL => Some(vnni_nibbles::<IQ4_NL>),
-            DType::Q8_0 => Some(vnni_q8),
-            DType::S4_64 => Some(vnni_s4),
-            DType::S3_64 => Some(vnni_s23::<true>),
-            DType::S2_64 => Some(vnni_s23::<false>),
-            _ => None,
-        };
+        let single = single_x86::single(dtype, true);
         return Some(Tiles { strip: 6, panels: 2, signed: false, table, single });
     }
     if cpu.simd < Simd::Avx2 {
@@ -50,12 +39,7 @@ pub(super) fn tiles(cpu: Cpu, dtype: DType, format: Format) -> Option<Tiles> {
         (..=63, false, _) => avx2_table::<2, false, 2>(),
         _ => unreachable!("no such format: {format:?}"),
     };
-    let single: Option<Single> = match dtype {
-        DType::Q4_0 => Some(avx2_q4::<false>),
-        DType::Q4_1 => Some(avx2_q4::<true>),
-        DType::Q8_0 => Some(avx2_q8),
-        _ => None,
-    };
+    let single = single_x86::single(dtype, false);
     Some(Tiles { strip: 4, panels: 1, signed, table: [one; 2], single })
 }
 
@@ -157,177 +141,6 @@ unsafe fn vnni<const MR: usize, const NP: usize, const MIN: bool, const PARTS: u
     }
 }
 
-/// 16 f16 at `p`.
-#[target_feature(enable = "avx512f")]
-unsafe fn halves512(p: *const u8) -> __m512 {
-    // SAFETY: the caller's promise: 32 bytes.
-    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
-}
-
-// What [`vnni_nibbles`] reads.
-const Q4_0: u8 = 0;
-const Q4_1: u8 = 1;
-const Q5_0: u8 = 2;
-const Q5_1: u8 = 3;
-const IQ4_NL: u8 = 4;
-
-/// One row times a panel of a format whose blocks are a head and 16 bytes of nibbles a row.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni_nibbles<const KIND: u8>(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
-    let (min, fifths) = (matches!(KIND, Q4_1 | Q5_1), matches!(KIND, Q5_0 | Q5_1));
-    let scales = if min { 64 } else { 32 };
-    let head = if fifths { scales + 64 } else { scales };
-    let (nibble, sixteen) = (_mm512_set1_epi8(15), _mm512_set1_epi8(16));
-    // Byte 0 of each row's 32 fifth bits in the four bytes of its lane, and the bits of four columns.
-    let lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
-    let bits = [_mm512_set1_epi32(0x0804_0201), _mm512_set1_epi32(0x8040_2010u32 as i32)];
-    // SAFETY: 16 bytes.
-    let values = unsafe { _mm_loadu_si128(IQ4_VALUES.as_ptr().cast()) };
-    let table = _mm512_broadcast_i32x4(_mm_xor_si128(values, _mm_set1_epi8(-128)));
-    let mut acc = _mm512_setzero_ps();
-    for b in 0..acts.blocks {
-        // SAFETY: the caller's promise: a block takes `head + 256` bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(b * (head + 256));
-            let q = acts.codes.at(b * BLOCK).cast_const();
-            let mut low = _mm512_set1_epi32(*sums.start.at(b));
-            let mut high = _mm512_setzero_si512();
-            let fifth = if fifths { _mm512_loadu_si512(p.add(scales).cast()) } else { low };
-            for quad in 0..4 {
-                let v = _mm512_loadu_si512(p.add(head + quad * 64).cast());
-                let mut lo = _mm512_and_si512(v, nibble);
-                let mut hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-                if fifths {
-                    let with = |v, byte: usize| {
-                        let index = _mm512_add_epi8(lanes, _mm512_set1_epi8(byte as i8));
-                        let set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(fifth, index), bits[quad % 2]);
-                        _mm512_mask_add_epi8(v, set, v, sixteen)
-                    };
-                    (lo, hi) = (with(lo, quad / 2), with(hi, 2 + quad / 2));
-                }
-                if KIND == IQ4_NL {
-                    (lo, hi) = (_mm512_shuffle_epi8(table, lo), _mm512_shuffle_epi8(table, hi));
-                }
-                low = _mm512_dpbusd_epi32(low, lo, quad512(q.add(quad * 4)));
-                high = _mm512_dpbusd_epi32(high, hi, quad512(q.add(16 + quad * 4)));
-            }
-            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(low, high));
-            let d = _mm512_set1_ps(*acts.d.at(b));
-            acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), halves512(p), acc);
-            if min {
-                acc = _mm512_fmadd_ps(_mm512_set1_ps(*sums.scaled.at(b)), halves512(p.add(32)), acc);
-            }
-        }
-    }
-    // SAFETY: the caller's promise.
-    unsafe { _mm512_storeu_ps(out, acc) };
-}
-
-/// One row times a panel of Q8_0.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni_q8(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
-    let flip = _mm512_set1_epi8(-128);
-    let mut acc = _mm512_setzero_ps();
-    for b in 0..acts.blocks {
-        // SAFETY: the caller's promise: a block takes 32 + 512 bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(b * 544);
-            let q = acts.codes.at(b * BLOCK).cast_const();
-            let mut parts = [_mm512_set1_epi32(*sums.start.at(b)), _mm512_setzero_si512()];
-            for quad in 0..8 {
-                let v = _mm512_xor_si512(_mm512_loadu_si512(p.add(32 + quad * 64).cast()), flip);
-                parts[quad % 2] = _mm512_dpbusd_epi32(parts[quad % 2], v, quad512(q.add(quad * 4)));
-            }
-            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(parts[0], parts[1]));
-            let d = _mm512_set1_ps(*acts.d.at(b));
-            acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), halves512(p), acc);
-        }
-    }
-    // SAFETY: the caller's promise.
-    unsafe { _mm512_storeu_ps(out, acc) };
-}
-
-/// One row times a panel of S4_64: two blocks of nibbles under one scale.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni_s4(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
-    let nibble = _mm512_set1_epi8(15);
-    let mut acc = _mm512_setzero_ps();
-    for b in 0..acts.blocks {
-        // SAFETY: the caller's promise: 64 columns take 32 + 512 bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(b / 2 * 544);
-            let codes = p.add(32 + b % 2 * 256);
-            let q = acts.codes.at(b * BLOCK).cast_const();
-            let mut low = _mm512_set1_epi32(*sums.start.at(b));
-            let mut high = _mm512_setzero_si512();
-            for quad in 0..4 {
-                let v = _mm512_loadu_si512(codes.add(quad * 64).cast());
-                let hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-                low = _mm512_dpbusd_epi32(low, _mm512_and_si512(v, nibble), quad512(q.add(quad * 4)));
-                high = _mm512_dpbusd_epi32(high, hi, quad512(q.add(16 + quad * 4)));
-            }
-            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(low, high));
-            let d = _mm512_set1_ps(*acts.d.at(b));
-            acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), halves512(p), acc);
-        }
-    }
-    // SAFETY: the caller's promise.
-    unsafe { _mm512_storeu_ps(out, acc) };
-}
-
-/// One row times a panel of S3_64 (with `THIRD`) or S2_64: two bits of four times 16 columns in a byte.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni_s23<const THIRD: bool>(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
-    let (head, size) = if THIRD { (32, 416) } else { (64, 320) };
-    let (three, four) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
-    // Byte 0 of each row's 32 third bits in the four bytes of its lane, and the bits of four columns.
-    let lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
-    let bits = [_mm512_set1_epi32(0x0804_0201), _mm512_set1_epi32(0x8040_2010u32 as i32)];
-    let mut acc = _mm512_setzero_ps();
-    for g in 0..acts.blocks / 2 {
-        // SAFETY: the caller's promise: 64 columns take `size` bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(g * size);
-            let q = acts.codes.at(g * 2 * BLOCK).cast_const();
-            let mut sum =
-                [0, 1].map(|h| [_mm512_set1_epi32(*sums.start.at(2 * g + h)), _mm512_setzero_si512()]);
-            let thirds = [0, 64]
-                .map(|at| if THIRD { _mm512_loadu_si512(p.add(head + 256 + at).cast()) } else { three });
-            for quad in 0..4 {
-                let mut v = _mm512_loadu_si512(p.add(head + quad * 64).cast());
-                for i in 0..4 {
-                    let (h, part) = (i / 2, i % 2);
-                    let mut code = _mm512_and_si512(v, three);
-                    if THIRD {
-                        let byte = _mm512_set1_epi8((quad / 2 + part * 2) as i8);
-                        let byte = _mm512_shuffle_epi8(thirds[h], _mm512_add_epi8(lanes, byte));
-                        let set = _mm512_test_epi8_mask(byte, bits[quad % 2]);
-                        code = _mm512_mask_add_epi8(code, set, code, four);
-                    }
-                    let q = quad512(q.add(i * 16 + quad * 4));
-                    sum[h][part] = _mm512_dpbusd_epi32(sum[h][part], code, q);
-                    v = _mm512_srli_epi16(v, 2);
-                }
-            }
-            let dw = halves512(p);
-            for (h, [a, b]) in sum.into_iter().enumerate() {
-                let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(a, b));
-                let d = _mm512_set1_ps(*acts.d.at(2 * g + h));
-                acc = _mm512_fmadd_ps(_mm512_mul_ps(sum, d), dw, acc);
-                if !THIRD {
-                    acc = _mm512_fmadd_ps(
-                        _mm512_set1_ps(*sums.scaled.at(2 * g + h)),
-                        halves512(p.add(32)),
-                        acc,
-                    );
-                }
-            }
-        }
-    }
-    // SAFETY: the caller's promise.
-    unsafe { _mm512_storeu_ps(out, acc) };
-}
-
 /// `MR` rows times one panel; `RUN` products are summed in 16 bits before they are widened (1: signed codes).
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2<const MR: usize, const RUN: usize, const MIN: bool, const PARTS: usize>(t: &Args) {
@@ -396,91 +209,6 @@ unsafe fn avx2<const MR: usize, const RUN: usize, const MIN: bool, const PARTS: 
             // SAFETY: the caller's promise: `MR` rows of one panel.
             unsafe { _mm256_storeu_ps(t.out.add(i * t.ldo + j * 8), acc[i][j]) };
         }
-    }
-}
-
-/// 8 f16 at `p`.
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn halves256(p: *const u8) -> __m256 {
-    // SAFETY: the caller's promise: 16 bytes.
-    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(p.cast()) })
-}
-
-/// Adds a block to 8 results: `sum` of 16-bit pairs, the row's starting value, scales and minima at `p`.
-macro_rules! finish256 {
-    ($acc:expr, $wide:expr, $acts:expr, $sums:expr, $b:expr, $p:expr, $min:expr) => {{
-        let sum = _mm256_add_epi32($wide, _mm256_set1_epi32(*$sums.start.at($b)));
-        let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(*$acts.d.at($b)));
-        $acc = _mm256_fmadd_ps(scaled, halves256($p), $acc);
-        if $min {
-            $acc = _mm256_fmadd_ps(_mm256_set1_ps(*$sums.scaled.at($b)), halves256($p.add(32)), $acc);
-        }
-    }};
-}
-
-/// One row times a panel of Q4_0 or (with `MIN`) Q4_1.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2_q4<const MIN: bool>(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
-    let head = if MIN { 64 } else { 32 };
-    let (nibble, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-    let mut acc = [_mm256_setzero_ps(); 2];
-    for b in 0..acts.blocks {
-        // SAFETY: the caller's promise: a block takes `head + 256` bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(b * (head + 256));
-            let q = acts.codes.at(b * BLOCK).cast_const();
-            let mut short = [_mm256_setzero_si256(); 2];
-            for quad in 0..4 {
-                let (ql, qh) = (quad256(q.add(quad * 4)), quad256(q.add(16 + quad * 4)));
-                for j in 0..2 {
-                    let v = _mm256_loadu_si256(p.add(head + quad * 64 + j * 32).cast());
-                    let low = _mm256_maddubs_epi16(_mm256_and_si256(v, nibble), ql);
-                    let high = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
-                    let both = _mm256_add_epi16(low, _mm256_maddubs_epi16(high, qh));
-                    short[j] = _mm256_add_epi16(short[j], both);
-                }
-            }
-            for j in 0..2 {
-                let wide = _mm256_madd_epi16(short[j], ones);
-                finish256!(acc[j], wide, acts, sums, b, p.add(j * 16), MIN);
-            }
-        }
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        _mm256_storeu_ps(out, acc[0]);
-        _mm256_storeu_ps(out.add(8), acc[1]);
-    }
-}
-
-/// One row times a panel of Q8_0.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2_q8(acts: &Acts, sums: &Sums, panel: &[u8], out: *mut f32) {
-    let ones = _mm256_set1_epi16(1);
-    let mut acc = [_mm256_setzero_ps(); 2];
-    for b in 0..acts.blocks {
-        // SAFETY: the caller's promise: a block takes 32 + 512 bytes of the panel.
-        unsafe {
-            let p = panel.as_ptr().add(b * 544);
-            let q = acts.codes.at(b * BLOCK).cast_const();
-            let mut wide = [_mm256_setzero_si256(); 2];
-            for quad in 0..8 {
-                let q = quad256(q.add(quad * 4));
-                for j in 0..2 {
-                    let v = _mm256_loadu_si256(p.add(32 + quad * 64 + j * 32).cast());
-                    let short = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(q, v));
-                    wide[j] = _mm256_add_epi32(wide[j], _mm256_madd_epi16(short, ones));
-                }
-            }
-            for j in 0..2 {
-                finish256!(acc[j], wide[j], acts, sums, b, p.add(j * 16), false);
-            }
-        }
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        _mm256_storeu_ps(out, acc[0]);
-        _mm256_storeu_ps(out.add(8), acc[1]);
     }
 }
 

@@ -13,15 +13,7 @@ pub(super) fn weight(dtype: DType, rows: usize, cols: usize, seed: u64) -> (Vec<
         for (b, v) in bytes.iter_mut().zip(numbers(rows * dtype.bytes_for(cols).unwrap(), seed + 1)) {
             *b = (v * 128.0 + 128.0) as u8;
         }
-        let halves: &[usize] = match dtype {
-            DType::Q8_1 => &[0, 2],
-            DType::IQ4_NL | DType::IQ4_XS => &[0],
-            DType::Q2_K => &[80, 82],
-            DType::Q3_K => &[108],
-            DType::Q4_K | DType::Q5_K => &[0, 2],
-            DType::Q6_K => &[208],
-            _ => &[],
-        };
+        let halves = halves(dtype);
         for (i, block) in bytes.chunks_mut(dtype.block_bytes()).enumerate() {
             let scale = 0.01 * (1.0 + x[i]);
             for &at in halves {
@@ -35,6 +27,19 @@ pub(super) fn weight(dtype: DType, rows: usize, cols: usize, seed: u64) -> (Vec<
     let mut decoded = vec![0.0; rows * cols];
     codec::decode(dtype, &bytes, &mut decoded).unwrap();
     (bytes, decoded)
+}
+
+/// Where blocks have f16 scales and minima.
+pub(super) fn halves(dtype: DType) -> &'static [usize] {
+    match dtype {
+        DType::Q4_1 | DType::Q5_1 | DType::S2_64 | DType::Q8_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+        DType::Q2_K => &[80, 82],
+        DType::Q3_K => &[108],
+        DType::Q6_K => &[208],
+        DType::Q8_K => &[],
+        _ if dtype.is_block() => &[0],
+        _ => &[],
+    }
 }
 
 pub(super) fn types() -> impl Iterator<Item = DType> {

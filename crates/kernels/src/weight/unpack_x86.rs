@@ -30,8 +30,8 @@ pub(super) unsafe fn unpack(dtype: DType, panel: &[u8], blocks: usize, out: &Pan
             DType::Q6_K => q6_k(p, blocks, out),
             DType::IQ4_XS => iq4_xs(p, blocks, out, signed),
             DType::S4_64 => s4(p, blocks, out),
-            DType::S3_64 => s23::<true>(p, blocks, out),
-            DType::S2_64 => s23::<false>(p, blocks, out),
+            DType::S3_64 => s3(p, blocks, out),
+            DType::S2_64 => s2(p, blocks, out),
             _ => return false,
         }
     }
@@ -106,13 +106,9 @@ unsafe fn q4<const HEAD: usize>(panel: *const u8, blocks: usize, out: &Panel) {
     }
 }
 
-/// Q5_0 (`HEAD` 32) or Q5_1 (`HEAD` 64): after the head 32 bits a row, the fifth bits of its columns in order.
+/// Q5_0 (`HEAD` 32) or Q5_1 (`HEAD` 64): after the head the fifth bits, bit `i` of each byte for quad `i`.
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn q5<const HEAD: usize>(panel: *const u8, blocks: usize, out: &Panel) {
-    // Four columns take four bits: the low ones of a byte, or the high ones.
-    let bits = [_mm256_set1_epi32(0x0804_0201), _mm256_set1_epi32(0x8040_2010u32 as i32)];
-    let lanes =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
     for b in 0..blocks {
         // SAFETY: the caller's promise: a block takes `HEAD + 64 + 256` bytes.
         unsafe {
@@ -123,13 +119,11 @@ unsafe fn q5<const HEAD: usize>(panel: *const u8, blocks: usize, out: &Panel) {
             }
             for half in 0..2 {
                 let fifths = load(p.add(HEAD + half * 32));
-                // Byte `i` of each row in all four bytes of its lane.
-                let byte = |i: i8| _mm256_shuffle_epi8(fifths, _mm256_add_epi8(lanes, _mm256_set1_epi8(i)));
+                let of = |quad: usize| fifth(fifths, _mm256_set1_epi8((1u8 << quad) as i8));
                 for quad in 0..4 {
                     let v = load(p.add(HEAD + 64 + quad * 64 + half * 32));
-                    let (lo, hi) = (byte((quad / 2) as i8), byte((quad / 2 + 2) as i8));
-                    put(out, b, quad, half, _mm256_or_si256(low(v), fifth(lo, bits[quad % 2])));
-                    put(out, b, quad + 4, half, _mm256_or_si256(high(v), fifth(hi, bits[quad % 2])));
+                    put(out, b, quad, half, _mm256_or_si256(low(v), of(quad)));
+                    put(out, b, quad + 4, half, _mm256_or_si256(high(v), of(quad + 4)));
                 }
             }
         }
@@ -182,14 +176,14 @@ fn bits(v: __m256i, shift: usize, mask: i32) -> __m256i {
     _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(shift as i32)), _mm256_set1_epi32(mask))
 }
 
-/// Q4_K, or (with `FIFTH`) Q5_K: scales, minima, 12 bytes of 6-bit scales, fifth bits, four bits.
+/// Q4_K, or (with `FIFTH`) Q5_K: scales, minima, 12 bytes of 6-bit scales; four bits (for Q5_K by quads, with fifth bits).
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn q45_k<const FIFTH: bool>(panel: *const u8, blocks: usize, out: &Panel) {
-    let four = if FIFTH { 768 } else { 256 };
+    let size = if FIFTH { 2816 } else { 2304 };
     for g in 0..blocks / 8 {
-        // SAFETY: the caller's promise: a block takes `four + 2048` bytes and makes 8 of 32 columns.
+        // SAFETY: the caller's promise: a block takes `size` bytes and makes 8 of 32 columns.
         unsafe {
-            let p = panel.add(g * (four + 2048));
+            let p = panel.add(g * size);
             for half in 0..2 {
                 let (d, m) = (halves(p.add(half * 16)), halves(p.add(32 + half * 16)));
                 let word = |i: usize| load(p.add(64 + i * 64 + half * 32));
@@ -208,11 +202,12 @@ unsafe fn q45_k<const FIFTH: bool>(panel: *const u8, blocks: usize, out: &Panel)
                     _mm256_storeu_ps(out.m.add(at), _mm256_xor_ps(m, _mm256_set1_ps(-0.0)));
                 }
                 for unit in 0..32 {
-                    let v = load(p.add(four + unit * 64 + half * 32));
                     let (pair, quad) = (unit / 8, unit % 8);
+                    let at = if FIFTH { 320 * (quad + 1) + 64 * pair } else { 256 + 64 * unit };
+                    let v = load(p.add(at + half * 32));
                     let (mut lo, mut hi) = (low(v), high(v));
                     if FIFTH {
-                        let f = load(p.add(256 + quad * 64 + half * 32));
+                        let f = load(p.add(256 + quad * 320 + half * 32));
                         let bit = |i: usize| _mm256_set1_epi8((1u8 << i) as i8);
                         lo = _mm256_or_si256(lo, fifth(f, bit(2 * pair)));
                         hi = _mm256_or_si256(hi, fifth(f, bit(2 * pair + 1)));
@@ -225,7 +220,7 @@ unsafe fn q45_k<const FIFTH: bool>(panel: *const u8, blocks: usize, out: &Panel)
     }
 }
 
-/// Q6_K: four bits (2048), two bits (1024), 16 signed scales (256), scales of scales (32).
+/// Q6_K: the scale of scales (32); for each 128 columns 8 signed scales (128) and eight times three units (1536).
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn q6_k(panel: *const u8, blocks: usize, out: &Panel) {
     let two = _mm256_set1_epi8(0x30);
@@ -234,17 +229,18 @@ unsafe fn q6_k(panel: *const u8, blocks: usize, out: &Panel) {
         unsafe {
             let p = panel.add(g * 3360);
             for half in 0..2 {
-                let d = halves(p.add(3328 + half * 16));
-                for i in 0..16 {
-                    let scale = _mm_loadl_epi64(p.add(3072 + i * 16 + half * 8).cast());
-                    let scale = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scale));
-                    _mm256_storeu_ps(out.d.add((g * 16 + i) * PANEL + half * 8), _mm256_mul_ps(d, scale));
-                }
+                let d = halves(p.add(half * 16));
                 for n in 0..2 {
+                    let p = p.add(32 + n * 1664);
+                    for i in 0..8 {
+                        let scale = _mm_loadl_epi64(p.add(i * 16 + half * 8).cast());
+                        let scale = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scale));
+                        let at = (g * 16 + n * 8 + i) * PANEL + half * 8;
+                        _mm256_storeu_ps(out.d.add(at), _mm256_mul_ps(d, scale));
+                    }
                     for quad in 0..8 {
-                        let at = |unit: usize| load(p.add(unit * 64 + half * 32));
-                        let (a, b) = (at(n * 16 + quad), at(n * 16 + 8 + quad));
-                        let h = at(32 + n * 8 + quad);
+                        let unit = |i: usize| load(p.add(128 + quad * 192 + i * 64 + half * 32));
+                        let (a, b, h) = (unit(0), unit(1), unit(2));
                         let tops =
                             [_mm256_slli_epi16(h, 4), _mm256_slli_epi16(h, 2), h, _mm256_srli_epi16(h, 2)];
                         let fours = [low(a), low(b), high(a), high(b)];
@@ -266,7 +262,7 @@ unsafe fn bytes(p: *const u8, i: usize, half: usize) -> __m256i {
     _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(p.add(i * 16 + half * 8).cast()) })
 }
 
-/// Q2_K: 16 bytes of scale (low) and minimum (256), two bits (1024), scale and minimum of these (64).
+/// Q2_K: scale and minimum of what follows (64), 16 bytes of scale (low) and minimum (256), two bits (1024).
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn q2_k(panel: *const u8, blocks: usize, out: &Panel) {
     for g in 0..blocks / 8 {
@@ -274,16 +270,16 @@ unsafe fn q2_k(panel: *const u8, blocks: usize, out: &Panel) {
         unsafe {
             let p = panel.add(g * 1344);
             for half in 0..2 {
-                let (d, m) = (halves(p.add(1280 + half * 16)), halves(p.add(1312 + half * 16)));
+                let (d, m) = (halves(p.add(half * 16)), halves(p.add(32 + half * 16)));
                 for i in 0..16 {
                     let at = (g * 16 + i) * PANEL + half * 8;
-                    let v = bytes(p, i, half);
+                    let v = bytes(p.add(64), i, half);
                     _mm256_storeu_ps(out.d.add(at), _mm256_mul_ps(d, _mm256_cvtepi32_ps(bits(v, 0, 15))));
                     let m = _mm256_mul_ps(m, _mm256_cvtepi32_ps(bits(v, 4, 15)));
                     _mm256_storeu_ps(out.m.add(at), _mm256_xor_ps(m, _mm256_set1_ps(-0.0)));
                 }
                 for unit in 0..16 {
-                    let v = load(p.add(256 + unit * 64 + half * 32));
+                    let v = load(p.add(320 + unit * 64 + half * 32));
                     for (i, code) in two_bits(v).into_iter().enumerate() {
                         put(out, g * 8 + unit / 8 * 4 + i, unit % 8, half, code);
                     }
@@ -322,50 +318,55 @@ unsafe fn s4(panel: *const u8, blocks: usize, out: &Panel) {
     }
 }
 
-/// S3_64 (with `THIRD`: scales, two bits (256), third bits (128)) or S2_64 (scales, minima, two bits).
+/// S3_64: scales (32), then three units for each 32 columns, as [`super::panel::s3_packed`] says.
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn s23<const THIRD: bool>(panel: *const u8, blocks: usize, out: &Panel) {
-    let (head, size) = if THIRD { (32, 416) } else { (64, 320) };
-    // Four columns take four bits: the low ones of a byte, or the high ones.
-    let bits = [_mm256_set1_epi32(0x0804_0201), _mm256_set1_epi32(0x8040_2010u32 as i32)];
-    let lanes =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
-    for g in 0..blocks / 2 {
-        // SAFETY: the caller's promise: a block takes `size` bytes and makes 2 of 32 columns.
+unsafe fn s3(panel: *const u8, blocks: usize, out: &Panel) {
+    let (seven, three) = (_mm256_set1_epi8(7), _mm256_set1_epi8(3));
+    for b in 0..blocks {
+        // SAFETY: the caller's promise: a block takes 416 bytes and makes 2 of 32 columns.
         unsafe {
-            let p = panel.add(g * size);
-            for b in 2 * g..2 * g + 2 {
-                put_halves(p, out.d.add(b * PANEL));
-                if !THIRD {
-                    put_halves(p.add(32), out.m.add(b * PANEL));
-                }
-            }
+            let p = panel.add(b / 2 * 416);
+            put_halves(p, out.d.add(b * PANEL));
             for half in 0..2 {
-                let thirds = if THIRD {
-                    [0, 1].map(|h| load(p.add(head + 256 + h * 64 + half * 32)))
-                } else {
-                    [_mm256_setzero_si256(); 2]
-                };
-                for quad in 0..4 {
-                    let v = load(p.add(head + quad * 64 + half * 32));
-                    for (i, two) in two_bits(v).into_iter().enumerate() {
-                        let (h, quad) = (i / 2, quad + i % 2 * 4);
-                        let code = if THIRD {
-                            let at = _mm256_add_epi8(lanes, _mm256_set1_epi8((quad / 2) as i8));
-                            let byte = _mm256_shuffle_epi8(thirds[h], at);
-                            _mm256_or_si256(two, _mm256_srli_epi16(fifth(byte, bits[quad % 2]), 2))
-                        } else {
-                            two
-                        };
-                        put(out, 2 * g + h, quad, half, code);
-                    }
+                let unit = |i: usize| load(p.add(32 + (b % 2 * 3 + i) * 64 + half * 32));
+                let v = [unit(0), unit(1), unit(2)];
+                for i in 0..3 {
+                    put(out, b, 2 * i, half, _mm256_and_si256(v[i], seven));
+                    put(out, b, 2 * i + 1, half, _mm256_and_si256(_mm256_srli_epi16(v[i], 3), seven));
+                }
+                let thirds = [_mm256_srli_epi16(v[2], 4), _mm256_srli_epi16(v[2], 5)];
+                for i in 0..2 {
+                    let two = _mm256_and_si256(_mm256_srli_epi16(v[i], 6), three);
+                    let third = _mm256_and_si256(thirds[i], _mm256_set1_epi8(4));
+                    put(out, b, 6 + i, half, _mm256_or_si256(two, third));
                 }
             }
         }
     }
 }
 
-/// Q3_K: third bits (512), two bits (1024), 12 bytes of scales (192), their scale (32).
+/// S2_64: scales (32), minima (32), two bits of four times 16 columns in a byte (256).
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn s2(panel: *const u8, blocks: usize, out: &Panel) {
+    for g in 0..blocks / 2 {
+        // SAFETY: the caller's promise: a block takes 320 bytes and makes 2 of 32 columns.
+        unsafe {
+            let p = panel.add(g * 320);
+            for b in 2 * g..2 * g + 2 {
+                put_halves(p, out.d.add(b * PANEL));
+                put_halves(p.add(32), out.m.add(b * PANEL));
+            }
+            for unit in 0..8 {
+                let v = load(p.add(64 + unit * 32));
+                for (i, code) in two_bits(v).into_iter().enumerate() {
+                    put(out, 2 * g + i / 2, unit / 2 + i % 2 * 4, unit % 2, code);
+                }
+            }
+        }
+    }
+}
+
+/// Q3_K: the scale of scales (32), 12 bytes of these (192), eight times third bits (64) and two bits (128).
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn q3_k(panel: *const u8, blocks: usize, out: &Panel) {
     for g in 0..blocks / 8 {
@@ -373,8 +374,8 @@ unsafe fn q3_k(panel: *const u8, blocks: usize, out: &Panel) {
         unsafe {
             let p = panel.add(g * 1760);
             for half in 0..2 {
-                let d = halves(p.add(1728 + half * 16));
-                let word = |i: usize| load(p.add(1536 + i * 64 + half * 32));
+                let d = halves(p.add(half * 16));
+                let word = |i: usize| load(p.add(32 + i * 64 + half * 32));
                 let words = [word(0), word(1), word(2)];
                 for i in 0..16 {
                     let low = bits(words[i % 8 / 4], i % 4 * 8 + i / 8 * 4, 15);
@@ -384,8 +385,8 @@ unsafe fn q3_k(panel: *const u8, blocks: usize, out: &Panel) {
                     _mm256_storeu_ps(out.d.add((g * 16 + i) * PANEL + half * 8), scale);
                 }
                 for unit in 0..16 {
-                    let v = load(p.add(512 + unit * 64 + half * 32));
-                    let thirds = load(p.add(unit % 8 * 64 + half * 32));
+                    let quad = p.add(224 + unit % 8 * 192 + half * 32);
+                    let (thirds, v) = (load(quad), load(quad.add(64 + unit / 8 * 64)));
                     for (i, code) in two_bits(v).into_iter().enumerate() {
                         let block = unit / 8 * 4 + i;
                         let bit = fifth(thirds, _mm256_set1_epi8((1u8 << block) as i8));
