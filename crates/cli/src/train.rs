@@ -7,8 +7,8 @@ use anyhow::bail;
 use clap::ValueEnum;
 use serde_json::json;
 use sparsam_plan::units;
+use sparsam_runtime::{Alone, Group};
 use sparsam_train::config::{Arch, Compute, Config, OptimiserKind, SaveAs};
-use sparsam_train::group::{Alone, Group};
 use sparsam_train::metrics::StepRecord;
 use sparsam_train::schedule::Form;
 use sparsam_train::{Event, Run};
@@ -317,7 +317,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     #[cfg(feature = "mpi")]
     if let Some((mpi, group)) = crate::processes::group()? {
         // The others wait for this one: where it fails, all have to be ended.
-        let done = train(args, Box::new(group)).inspect_err(|e| crate::processes::abort(e));
+        let done = train(args, Arc::new(group)).inspect_err(|e| crate::processes::abort(e));
         drop(mpi);
         return done;
     }
@@ -327,7 +327,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "this sparsam is built without MPI, so that every process would train by itself; build it with `--features mpi`,              or start it without a launcher"
         );
     }
-    train(args, Box::new(Alone))
+    train(args, Arc::new(Alone))
 }
 
 /// The variable by which an MPI launcher (Open MPI, PMIx, PMI) tells that it started this process.
@@ -337,7 +337,7 @@ pub fn launched_by() -> Option<&'static str> {
         .find(|name| std::env::var_os(name).is_some())
 }
 
-fn train(args: Args, group: Box<dyn Group>) -> anyhow::Result<()> {
+fn train(args: Args, group: Arc<dyn Group>) -> anyhow::Result<()> {
     let start = Instant::now();
     let steps = args.flags.steps;
     let mut run = match (&args.resume, &args.out) {

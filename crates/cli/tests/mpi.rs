@@ -46,6 +46,19 @@ fn two_processes_train_as_one() {
         let (a, b) = (alone[key].as_f64().unwrap(), together[key].as_f64().unwrap());
         assert!((a - b).abs() < 1e-3 && a < 5.0, "{key}: {a} {b}");
     }
+    // The same in micro-batches; the sums begin beside the backward pass.
+    let three = path("three");
+    let mut args = run(&three, "2");
+    args.extend(["--accumulate", "2", "--explain"].map(String::from));
+    let mut c = mpirun(2, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    let out = c.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success() && said.contains("sums over processes: "), "{said}");
+    let accumulated: Value = serde_json::from_slice(&out.stdout).unwrap();
+    for key in ["held_back_loss", "loss"] {
+        let (a, b) = (alone[key].as_f64().unwrap(), accumulated[key].as_f64().unwrap());
+        assert!((a - b).abs() < 1e-3, "{key}: {a} {b}");
+    }
     // With another number of processes it does not go on, and all are ended.
     let out = mpirun(3, &["train", "--resume", &two]).output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr).into_owned();

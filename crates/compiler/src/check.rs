@@ -1,6 +1,7 @@
 //! What must hold of every program, before and after every pass.
 
 use crate::program::{Instr, Kernel, Operand, Place, Program, Store, is_narrow};
+use sparsam_ir::DType;
 
 /// Checks a program: views lie within their places, arena places are written before they are read, row programs
 /// are well formed. With `planned`, also that places that live at the same time do not share bytes.
@@ -43,6 +44,9 @@ pub(crate) fn check(p: &Program, planned: bool) -> Result<(), String> {
         if let Kernel::Row(_) = s.kernel {
             row(s).map_err(at)?;
         }
+        if s.kernel == Kernel::AllReduce {
+            sum_over_processes(s).map_err(at)?;
+        }
         s.outs.iter().for_each(|o| written[o.place] = true);
     }
     for (name, o) in &p.outputs {
@@ -52,6 +56,19 @@ pub(crate) fn check(p: &Program, planned: bool) -> Result<(), String> {
         }
     }
     if planned { disjoint(p) } else { Ok(()) }
+}
+
+/// One value in, of which the whole result is made; where both lie in one place they are the same.
+fn sum_over_processes(s: &crate::Step) -> Result<(), String> {
+    let ([from], [to]) = (&s.ins[..], &s.outs[..]) else { return Err("has other than one operand".into()) };
+    let plain = |o: &Operand| o.dtype == DType::F32 && o.layout.is_contiguous();
+    if !plain(from) || !plain(to) || from.layout.shape != to.layout.shape {
+        return Err(format!("{to} is to be the sum of {from}: want F32, contiguous, of one shape"));
+    }
+    if from.place == to.place && from.layout != to.layout {
+        return Err(format!("{to} overlaps {from}"));
+    }
+    Ok(())
 }
 
 fn row(s: &crate::Step) -> Result<(), String> {

@@ -28,7 +28,7 @@ mod rows;
 
 pub use passes::{Options, Pass, compile};
 pub use program::{Instr, Kernel, Operand, Place, Program, RowProgram, Step, Store, Val};
-pub use report::{PassReport, Recompute, Report};
+pub use report::{PassReport, Recompute, Report, Sums};
 
 use sparsam_ir::{NodeId, VerifyError};
 use std::panic::Location;

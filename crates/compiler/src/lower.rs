@@ -423,10 +423,20 @@ impl Lower<'_> {
                 Value::At(out)
             }
             Op::CrossEntropy { part, precision } => self.cross_entropy(n, *part, *precision),
+            Op::AllReduce => {
+                let from = self.input(n.inputs[0]);
+                let from = self.contiguous(from);
+                let out = self.temp(dtype, shape);
+                self.step(Kernel::AllReduce, vec![out.clone()], vec![from]);
+                Value::At(out)
+            }
             Op::Assign => {
                 let state = self.input(n.inputs[0]);
                 let mut value = self.value(n.inputs[1]);
                 self.save_old_versions(state.place, id);
+                if self.summed_into(&state, n.inputs[1]) {
+                    return Ok(Value::At(state));
+                }
                 if let Value::At(o) = &value
                     && o.place == state.place
                 {
@@ -606,6 +616,22 @@ impl Lower<'_> {
             let out = self.temp(o.dtype, &o.layout.shape);
             self.copy(out.clone(), &old);
             self.values[id.index()] = Some(Value::At(out));
+        }
+    }
+
+    /// Lets the sum over processes that node `of` is, made just before and read by this write alone, lie in `state` from
+    /// the start: a copy would wait for it.
+    fn summed_into(&mut self, state: &Operand, of: NodeId) -> bool {
+        let graph = self.graph;
+        let readers = graph.nodes.iter().flat_map(|n| &n.inputs).filter(|i| **i == of).count();
+        let alone = readers == 1 && graph.outputs.iter().all(|(_, id)| *id != of);
+        let sums = graph.node(of).op == Op::AllReduce && state.dtype == DType::F32;
+        match self.program.steps.last_mut() {
+            Some(s) if alone && sums && s.kernel == Kernel::AllReduce && s.nodes == [of] => {
+                s.outs = vec![state.clone()];
+                true
+            }
+            _ => false,
         }
     }
 

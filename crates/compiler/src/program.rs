@@ -157,6 +157,9 @@ pub enum Kernel {
     ScatterRows,
     /// out <- in of the same shape, converted.
     Copy,
+    /// out <- in, both F32 and contiguous: its sum over all processes. The sum may be under way while later steps run, up
+    /// to the first that touches `out`; both may be the same view.
+    AllReduce,
     /// parts.. <- the inputs that [`AttentionLayout`] lists.
     Attention {
         /// Multiplies the scores.
@@ -186,6 +189,7 @@ impl Kernel {
             Kernel::ScatterAdd { .. } => "scatter add",
             Kernel::ScatterRows => "scatter rows",
             Kernel::Copy => "copy",
+            Kernel::AllReduce => "all_reduce",
             Kernel::Attention { .. } => "attention",
         }
     }
@@ -386,7 +390,8 @@ impl fmt::Display for Step {
             | Kernel::Gather
             | Kernel::ScatterAdd { add: false }
             | Kernel::ScatterRows
-            | Kernel::Copy => {}
+            | Kernel::Copy
+            | Kernel::AllReduce => {}
         }
         f.write_str(":")?;
         for o in &self.outs {

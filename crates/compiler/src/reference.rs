@@ -124,6 +124,7 @@ fn other(step: &Step, kernel: &Kernel, memory: &mut [Vec<f64>]) -> Result<(), In
         Kernel::WeightMatmulT { .. } => vec![(matmul(false), vec![0, 1])],
         Kernel::WeightGather | Kernel::Gather => vec![(Op::Gather, vec![0, 1])],
         Kernel::WeightDecode | Kernel::Copy => vec![(Op::Cast(step.outs[0].dtype), vec![0])],
+        Kernel::AllReduce => vec![(Op::AllReduce, vec![0])],
         Kernel::ScatterAdd { .. } => {
             vec![(Op::ScatterAdd { rows: step.outs[0].layout.shape[0] }, vec![0, 1])]
         }

@@ -1,5 +1,6 @@
 //! What each pass did, for `--explain`.
 
+use crate::program::{Kernel, Program, Step};
 use std::fmt;
 
 /// The effect of one pass.
@@ -32,6 +33,38 @@ pub struct Recompute {
     pub loss_rows: Option<usize>,
 }
 
+/// Sums over processes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sums {
+    /// How many there are.
+    pub count: usize,
+    /// Bytes of all of them.
+    pub bytes: usize,
+    /// Bytes of those beside which there are products or attention, before somebody waits for them.
+    pub beside: usize,
+}
+
+impl Sums {
+    pub(crate) fn of(program: &Program) -> Sums {
+        let product = |s: &Step| {
+            use Kernel::{Attention, Matmul, WeightMatmul, WeightMatmulT};
+            matches!(s.kernel, Matmul { .. } | WeightMatmul { .. } | WeightMatmulT { .. } | Attention { .. })
+        };
+        let mut sums = Sums::default();
+        for (i, s) in program.steps.iter().enumerate().filter(|(_, s)| s.kernel == Kernel::AllReduce) {
+            let (place, bytes) = (s.outs[0].place, s.outs[0].bytes());
+            let free = |s: &&Step| s.ins.iter().chain(&s.outs).all(|o| o.place != place);
+            sums.count += 1;
+            sums.bytes += bytes;
+            sums.beside += match program.steps[i + 1..].iter().take_while(free).any(product) {
+                true => bytes,
+                false => 0,
+            };
+        }
+        sums
+    }
+}
+
 /// What compiling did to a graph. Kernels and bytes of the eager form stand beside those of the result.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
@@ -49,6 +82,8 @@ pub struct Report {
     pub arena: usize,
     /// Bytes that the result needs: arena, inputs, states, and weights as they are stored.
     pub memory: usize,
+    /// What is summed over processes.
+    pub sums: Sums,
     /// What was computed again, if there was a budget.
     pub recompute: Option<Recompute>,
     /// In the order in which they ran; those switched off are absent.
@@ -79,6 +114,14 @@ impl fmt::Display for Report {
                 None => writeln!(f)?,
             }
         }
+        if self.sums.count > 0 {
+            let Sums { count, bytes, beside } = self.sums;
+            let (bytes, beside) = (megabytes(bytes), megabytes(beside));
+            writeln!(
+                f,
+                "\nsums over processes: {count} of {bytes} together, {beside} of it beside products"
+            )?;
+        }
         if self.passes.is_empty() {
             return Ok(());
         }
@@ -104,10 +147,15 @@ mod tests {
             kernels: 3,
             bytes_before: 4_000_000,
             passes: vec![pass],
+            sums: Sums { count: 3, bytes: 6_000_000, beside: 2_000_000 },
             ..Report::default()
         };
         let text = report.to_string();
         assert!(text.contains("kernels                  10            3"), "{text}");
+        assert!(
+            text.contains("sums over processes: 3 of 6.00 MB together, 2.00 MB of it beside products"),
+            "{text}"
+        );
         assert!(text.contains("fuse                     10            3      1.00 MB  kernels"), "{text}");
     }
 }

@@ -169,6 +169,9 @@ fn rule(
             Ok(dx)
         }
         Op::CrossEntropy { .. } => Err("only the cross-entropy has a gradient, not its gradients".into()),
+        // y = x_1 + .. + x_n on each of n processes, and what is minimised is the sum of all losses: each of them moves with
+        // x_i, so its gradient is the sum of theirs.
+        Op::AllReduce => one(dy.all_reduce()),
         Op::Assign | Op::ScatterRows => Err("a state write has no gradient".into()),
     }
 }

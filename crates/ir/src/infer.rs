@@ -9,7 +9,7 @@ use sparsam_dtype::DType;
 pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType), String> {
     let arity = match op {
         Op::Input { .. } | Op::Weight { .. } | Op::State { .. } | Op::Const { .. } | Op::Iota { .. } => 0,
-        Op::Random { .. } | Op::Unary(_) | Op::Cast(_) | Op::Reduce { .. } => 1,
+        Op::Random { .. } | Op::Unary(_) | Op::Cast(_) | Op::Reduce { .. } | Op::AllReduce => 1,
         Op::Reshape(_) | Op::Permute(_) | Op::Broadcast(_) | Op::Slice { .. } | Op::Pad { .. } => 1,
         Op::Binary(_) | Op::Matmul { .. } | Op::Gather | Op::ScatterAdd { .. } | Op::Assign => 2,
         Op::Select | Op::ScatterRows => 3,
@@ -56,7 +56,7 @@ pub fn infer(op: &Op, inputs: &[(&[usize], DType)]) -> Result<(Vec<usize>, DType
             }
             Ok((s.clone(), DType::F32))
         }
-        Op::Unary(_) => {
+        Op::Unary(_) | Op::AllReduce => {
             want(0, DType::F32)?;
             Ok((shape(0).to_vec(), DType::F32))
         }

@@ -226,6 +226,9 @@ pub enum Op {
     /// not count; gradients also that of the loss, F32 (N). With `p = softmax(logits)`:
     /// `dlogits = (p - onehot(target)) * dloss`. `precision` is that of all three products.
     CrossEntropy { part: CrossEntropyPart, precision: Precision },
+    /// F32: the sum of this value over all processes that run the program together, the same bits on all; by one process
+    /// alone, the value itself. All make these sums in the same order.
+    AllReduce,
     /// Inputs: state, value of its shape. Result: the state's next version.
     Assign,
     /// Inputs: state (S, ..), values (N, ..), slots I32 (N). Result: the state's next version with row `slots[i]`

@@ -64,6 +64,7 @@ pub(crate) fn op_text(op: &Op) -> String {
             };
             format!("cross_entropy {}{part}", lower(precision))
         }
+        Op::AllReduce => "all_reduce".into(),
         Op::Assign => "assign".into(),
         Op::ScatterRows => "scatter_rows".into(),
     }

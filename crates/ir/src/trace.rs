@@ -563,6 +563,20 @@ impl Tensor {
         self.trace.push(how.op(AttentionLayout::Paged { page_size }), &inputs)
     }
 
+    /// The sum over all processes that run the program together; on one process the value itself. F32, of its shape.
+    ///
+    /// ```
+    /// use sparsam_ir::{DType, Trace, grad};
+    /// let t = Trace::new();
+    /// let x = t.input("x", &[3], DType::F32);
+    /// let dx = grad(&(&x * &x).sum(&[0]), &[&x]).remove(0).all_reduce(); // of the losses of all
+    /// assert_eq!(dx.shape(), [3]);
+    /// ```
+    #[track_caller]
+    pub fn all_reduce(&self) -> Tensor {
+        self.op(Op::AllReduce)
+    }
+
     /// The next version of a state: all of it replaced by `value`.
     #[track_caller]
     pub fn assign(&self, value: &Tensor) -> Tensor {

@@ -80,6 +80,7 @@ fn elementwise() {
     check("erf", x, &[], |_, x, _| x[0].erf());
     check("floor", x, &[], |_, x, _| x[0].floor() * &x[0]);
     check("cast", x, &[], |_, x, _| x[0].cast(DType::F64).cast(DType::F32));
+    check("all_reduce", x, &[], |_, x, _| x[0].exp().all_reduce()); // one process: itself
     check("silu and gelu", x, &[], |_, x, _| x[0].silu() + x[0].gelu() + x[0].gelu_tanh());
 }
 

@@ -27,12 +27,15 @@
 #![forbid(unsafe_code)]
 
 mod device;
+mod group;
 mod load;
 mod profile;
 mod session;
+mod sums;
 mod weights;
 
 pub use device::Device;
+pub use group::{Alone, Group};
 pub use load::Step;
 pub use profile::{KernelTime, Profile};
 pub use session::{Data, Outputs, Session};
@@ -95,6 +98,11 @@ pub enum Error {
         /// The names that it has.
         known: Vec<String>,
     },
+    /// Sums over processes cannot be made any more.
+    #[error(
+        "runtime: the thread that sums over processes has failed; end all of them and go on from a checkpoint"
+    )]
+    Sums,
     /// A step of another session.
     #[error("runtime: this step was loaded by another session; load its graph into this one")]
     Foreign,

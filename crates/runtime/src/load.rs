@@ -1,6 +1,7 @@
 //! A program bound to a session's memory: views and prepared code, so that a run is a flat loop.
 
 use crate::session::Session;
+use crate::sums::{self, Bucket};
 use crate::weights::Stored;
 use crate::{Error, Options, Report};
 use sparsam_compiler::{self as compiler, Instr, Kernel, Operand, Place, Program};
@@ -21,6 +22,9 @@ pub(crate) struct Call {
     pub name: &'static str,
     /// Bytes read and written.
     pub bytes: usize,
+    /// Buckets of sums over processes that have to be done before it, and those that may be sent behind it.
+    pub wait: usize,
+    pub ready: usize,
 }
 
 pub(crate) enum Kind {
@@ -35,6 +39,7 @@ pub(crate) enum Kind {
     ScatterAdd(bool),
     ScatterRows,
     Copy,
+    AllReduce,
     /// Which output is what (indices into `outs`), and the page size where keys lie in pages.
     Attention {
         scores: Scores,
@@ -62,6 +67,8 @@ pub struct Step {
     pub(crate) calls: Vec<Call>,
     pub(crate) inputs: Vec<Input>,
     pub(crate) outputs: Vec<(String, View)>,
+    /// What is summed over processes.
+    pub(crate) buckets: Vec<Bucket>,
     arena_bytes: usize,
     report: Report,
     text: Arc<Program>,
@@ -224,6 +231,7 @@ impl Session {
                 Kernel::ScatterAdd { add } => Kind::ScatterAdd(*add),
                 Kernel::ScatterRows => Kind::ScatterRows,
                 Kernel::Copy => Kind::Copy,
+                Kernel::AllReduce => Kind::AllReduce,
                 Kernel::Attention { scale, window, softcap, layout, parts } => {
                     let scores = Scores {
                         scale: scale.get() as f32,
@@ -244,14 +252,16 @@ impl Session {
                     }
                 }
             };
-            calls.push(Call { kind, outs, ins, name: s.kernel.name(), bytes: s.bytes() });
+            calls.push(Call { kind, outs, ins, name: s.kernel.name(), bytes: s.bytes(), wait: 0, ready: 0 });
         }
+        let buckets = sums::plan(&program, &mut calls);
         let outputs = program.outputs.iter().map(|(name, o)| (name.clone(), view(o))).collect();
         Ok(Step {
             session: self.id,
             calls,
             inputs,
             outputs,
+            buckets,
             arena_bytes: program.arena_bytes,
             report: program.report.clone(),
             text: Arc::new(program),
@@ -296,6 +306,7 @@ fn is_packed_operand(kernel: &Kernel, i: usize) -> bool {
         | Kernel::ScatterAdd { .. }
         | Kernel::ScatterRows
         | Kernel::Copy
+        | Kernel::AllReduce
         | Kernel::Attention { .. } => false,
     }
 }

@@ -2,8 +2,9 @@
 
 use crate::load::{Call, Kind, Step};
 use crate::profile::Profile;
+use crate::sums::Sums;
 use crate::weights::Entry;
-use crate::{Device, Error, Weights};
+use crate::{Alone, Device, Error, Group, Weights};
 use sparsam_dtype::{DType, bf16, f16};
 use sparsam_kernels::attention::{self, Packed, Paged, Saved};
 use sparsam_kernels::weight::{self, Weight};
@@ -43,6 +44,9 @@ pub struct Session {
     /// Slabs of weights that are read as plain numbers.
     plain: HashMap<String, usize>,
     profile: Option<Profile>,
+    group: Arc<dyn Group>,
+    /// Of several processes.
+    sums: Option<Sums>,
 }
 
 impl Session {
@@ -61,7 +65,21 @@ impl Session {
             states: HashMap::new(),
             plain: HashMap::new(),
             profile: None,
+            group: Arc::new(Alone),
+            sums: None,
         }
+    }
+
+    /// From now on its programs run together with those of the other processes of `group`, which run the same ones in the
+    /// same order.
+    pub fn set_group(&mut self, group: Arc<dyn Group>) {
+        self.sums = (group.size() > 1).then(|| Sums::new(group.clone()));
+        self.group = group;
+    }
+
+    /// The processes that run together; [`Alone`] until [`Session::set_group`] says otherwise.
+    pub fn group(&self) -> &Arc<dyn Group> {
+        &self.group
     }
 
     /// The device that it runs on.
@@ -184,9 +202,10 @@ impl Session {
         self.profile.as_ref()
     }
 
-    /// Runs `step` on `inputs` by name; its results last until the next run.
+    /// Runs `step` on `inputs` by name; its results last until the next run. Sums over the processes of its group run
+    /// beside what does not need them.
     ///
-    /// If it fails midway, states may be written in part.
+    /// If it fails midway, states may be written in part, and other processes wait in vain.
     ///
     /// # Errors
     /// Inputs that are missing, unknown or of another length or type; indices outside of their tables.
@@ -195,10 +214,14 @@ impl Session {
             return Err(Error::Foreign);
         }
         self.write_inputs(step, inputs)?;
-        let context = self.device.context();
+        let device = self.device.clone();
+        if let Some(sums) = &mut self.sums {
+            sums.begin()?;
+        }
         for (i, call) in step.calls.iter().enumerate() {
+            self.wait(step, i, call.wait)?;
             let start = self.profile.is_some().then(Instant::now);
-            run_call(context, &mut self.mem, call).map_err(|source| Error::Kernel {
+            run_call(device.context(), &mut self.mem, call).map_err(|source| Error::Kernel {
                 step: i,
                 kernel: call.name,
                 source,
@@ -206,11 +229,26 @@ impl Session {
             if let (Some(p), Some(start)) = (&mut self.profile, start) {
                 p.add(i, call.name, start.elapsed(), call.bytes);
             }
+            if let Some(sums) = &mut self.sums {
+                sums.go_on(&mut self.mem, &step.buckets, call.ready)?;
+            }
         }
+        self.wait(step, step.calls.len(), step.buckets.len())?;
         if let Some(p) = &mut self.profile {
             p.runs += 1;
         }
         Ok(Outputs { mem: &self.mem, views: &step.outputs })
+    }
+
+    /// Waits for the first `buckets` sums of `step` before call `i`.
+    fn wait(&mut self, step: &Step, i: usize, buckets: usize) -> Result<(), Error> {
+        let Some(sums) = self.sums.as_mut().filter(|s| !s.are_done(buckets)) else { return Ok(()) };
+        let start = self.profile.is_some().then(Instant::now);
+        sums.finish(&mut self.mem, &step.buckets, buckets)?;
+        if let (Some(p), Some(start)) = (&mut self.profile, start) {
+            p.add(i, "wait for sums", start.elapsed(), 0);
+        }
+        Ok(())
     }
 
     fn write_inputs(&mut self, step: &Step, inputs: &[(&str, Data)]) -> Result<(), Error> {
@@ -297,6 +335,9 @@ fn run_call(ctx: &Context, mem: &mut Memory, call: &Call) -> Result<(), sparsam_
         Kind::ScatterAdd(true) => movement::scatter_add_to(ctx, mem, &outs[0], &ins[0], &ins[1]),
         Kind::ScatterRows => movement::scatter_rows(ctx, mem, &outs[0], &ins[0], &ins[1]),
         Kind::Copy => movement::copy(ctx, mem, &outs[0], &ins[0]),
+        // The result's place holds this process's own numbers until they are summed.
+        Kind::AllReduce if outs[0] == ins[0] => Ok(()),
+        Kind::AllReduce => movement::copy(ctx, mem, &outs[0], &ins[0]),
         Kind::Attention { scores, out, lse, page_size } => {
             let (out, lse) = (out.map(|o| &outs[o]), lse.map(|o| &outs[o]));
             let [q, k, v] = [&ins[0], &ins[1], &ins[2]];

@@ -2,7 +2,6 @@
 
 use crate::Error;
 use crate::data::PackedRows;
-use crate::group::{Alone, Group};
 use crate::optim::{Optimiser, RATES};
 use crate::random::Random;
 use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET, Soft, Targets};
@@ -14,7 +13,7 @@ use sparsam_models::adapter::DROPOUT_SEED;
 use sparsam_models::nn::{Batch, Cache};
 use sparsam_models::{Model, Parameter};
 use sparsam_plan::units::show_bytes;
-use sparsam_runtime::{CompileError, Data, Device, Options, Outputs, Session, Step, Weights};
+use sparsam_runtime::{CompileError, Data, Device, Group, Options, Outputs, Session, Step, Weights};
 use sparsam_tokenizer::Tokenizer;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -35,7 +34,7 @@ pub struct How {
     pub accumulate: usize,
     /// Which rows have a loss, and what it counts.
     pub targets: Targets,
-    /// Processes that take each step together ([`Learner::step_in`]).
+    /// Processes that take each step together ([`Learner::join`]).
     pub processes: usize,
     /// The optimiser.
     pub optimiser: Optimiser,
@@ -92,8 +91,8 @@ impl Outcome {
 enum Programs {
     /// One program for the whole step.
     Whole(Step),
-    /// One for each micro-batch, one behind them.
-    Parts { accumulate: Step, apply: Step },
+    /// One for each micro-batch, another for the last one where processes sum behind it, one behind them.
+    Parts { accumulate: Step, last: Option<Step>, apply: Step },
 }
 
 impl Programs {
@@ -101,7 +100,11 @@ impl Programs {
         let mut load = |graph: &Graph| graphs.load(session, graph, how);
         Ok(match &graphs.whole {
             Some(whole) => Programs::Whole(load(whole)?),
-            None => Programs::Parts { accumulate: load(&graphs.accumulate)?, apply: load(&graphs.apply)? },
+            None => Programs::Parts {
+                accumulate: load(&graphs.accumulate)?,
+                last: graphs.last.as_ref().map(&mut load).transpose()?,
+                apply: load(&graphs.apply)?,
+            },
         })
     }
 }
@@ -177,12 +180,22 @@ impl Learner {
         &mut self.session
     }
 
-    /// The program of a step, for `--explain`: of a micro-batch, where there are several.
+    /// The program of a step, for `--explain`: of the last micro-batch, where there are several.
     pub fn program(&self) -> &Step {
         match &self.programs {
             Programs::Whole(step) => step,
-            Programs::Parts { accumulate, .. } => accumulate,
+            Programs::Parts { accumulate, last, .. } => last.as_ref().unwrap_or(accumulate),
         }
+    }
+
+    /// From now on its steps are those of all processes of `group` together, each on micro-batches of its own: as if one
+    /// process had them all. All have the same weights before a step and after it.
+    ///
+    /// # Panics
+    /// If they are not as many as it was made for.
+    pub fn join(&mut self, group: Arc<dyn Group>) {
+        assert_eq!(group.size(), self.how.processes, "processes of a step");
+        self.session.set_group(group);
     }
 
     /// Bytes that weights, moments, gradients and activations take together.
@@ -306,29 +319,12 @@ impl Learner {
     /// One optimiser step on `micro` batches of as many rows as it was made for; step `t` counts from 1.
     ///
     /// # Errors
-    /// Tokens outside of the vocabulary.
-    ///
-    /// # Panics
-    /// If the number of micro-batches is not the one it was made for.
-    pub fn step(&mut self, micro: &[PackedRows], t: u64, lr: f64) -> Result<Outcome, Error> {
-        self.step_in(&Alone, micro, t, lr)
-    }
-
-    /// One optimiser step of all processes of `group` together, each on micro-batches of its own: as if one process had
-    /// them all. All have the same weights before it and after it.
-    ///
-    /// # Errors
-    /// As [`Learner::step`]; then the other processes wait in vain, and have to be ended.
+    /// Tokens outside of the vocabulary; then other processes wait in vain, and have to be ended.
     ///
     /// # Panics
     /// If the number of micro-batches or of processes is not the one it was made for.
-    pub fn step_in(
-        &mut self,
-        group: &dyn Group,
-        micro: &[PackedRows],
-        t: u64,
-        lr: f64,
-    ) -> Result<Outcome, Error> {
+    pub fn step(&mut self, micro: &[PackedRows], t: u64, lr: f64) -> Result<Outcome, Error> {
+        let group = self.session.group().clone();
         assert_eq!(micro.len(), self.how.accumulate, "micro-batches of a step");
         assert_eq!(group.size(), self.how.processes, "processes of a step");
         let mut targets = [micro.iter().map(PackedRows::n_targets).sum::<usize>() as u64];
@@ -355,36 +351,29 @@ impl Learner {
             all.extend(drops.then(|| (DROPOUT_SEED, Data::I32(&seeds[i]))));
             all
         };
-        match &self.programs {
+        let (mut loss, grad_norm) = match &self.programs {
             Programs::Whole(step) => {
                 let mut inputs = inputs(0);
                 inputs.push(rates);
                 let out = self.session.run(step, &inputs)?;
-                let loss = out.f32(LOSS)?[0] as f64;
-                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)?, targets })
+                (out.f32(LOSS)?[0] as f64, norm_of(&out, clipped)?)
             }
-            Programs::Parts { accumulate, apply } => {
+            Programs::Parts { accumulate, last, apply } => {
                 let mut loss = 0.0;
                 for i in 0..micro.len() {
-                    loss += self.session.run(accumulate, &inputs(i))?.f32(LOSS)?[0] as f64;
+                    let program = last.as_ref().filter(|_| i + 1 == micro.len()).unwrap_or(accumulate);
+                    loss += self.session.run(program, &inputs(i))?.f32(LOSS)?[0] as f64;
                 }
-                if group.size() > 1 {
-                    // Each process has divided by the targets of all: the sum is the mean over all of them.
-                    let mut all = [loss as f32];
-                    group.sum(&mut all);
-                    loss = all[0] as f64;
-                    for p in &self.parameters {
-                        let name = step::grad_state(&p.name);
-                        let mut sum: Vec<f32> =
-                            bytemuck::cast_slice(self.session.state_bytes(&name)?).to_vec();
-                        group.sum(&mut sum);
-                        self.session.set_state(&name, bytemuck::cast_slice(&sum))?;
-                    }
-                }
-                let out = self.session.run(apply, &[rates])?;
-                Ok(Outcome { loss, grad_norm: norm_of(&out, clipped)?, targets })
+                (loss, norm_of(&self.session.run(apply, &[rates])?, clipped)?)
             }
+        };
+        if group.size() > 1 {
+            // Each process has divided by the targets of all: the sum is the mean over all of them.
+            let mut all = [loss as f32];
+            group.sum(&mut all);
+            loss = all[0] as f64;
         }
+        Ok(Outcome { loss, grad_norm, targets })
     }
 
     /// Sum of the losses over the targets of `rows` (filled up with padding if they are fewer), and how many these are.
@@ -608,6 +597,8 @@ pub(crate) struct Graphs {
     /// Where one micro-batch is a step.
     pub whole: Option<Graph>,
     pub accumulate: Graph,
+    /// The last micro-batch of a step of several processes.
+    pub last: Option<Graph>,
     pub apply: Graph,
     pub evaluate: Graph,
     /// One token of a sample.
@@ -618,6 +609,7 @@ impl Graphs {
     pub fn new(model: &Model, how: &How, parameters: &[Parameter], leaves: &Leaves) -> Result<Graphs, Error> {
         let batch = how.targets.batch(how.n_tokens());
         let loss = |t: &Trace| step::language_model_loss(t, model, &batch, &how.targets);
+        let together = how.processes > 1;
         let evaluated = undropped(model)?;
         let pages = how.ctx.div_ceil(PAGE);
         let cache =
@@ -627,10 +619,15 @@ impl Graphs {
         let shapes: Vec<(String, Vec<usize>)> =
             parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
         Ok(Graphs {
-            whole: (how.accumulate == 1 && how.processes == 1)
-                .then(|| step::update(leaves.trace(), loss, &how.optimiser))
-                .transpose()?,
+            whole: match (how.accumulate, together) {
+                (1, false) => Some(step::update(leaves.trace(), loss, &how.optimiser)?),
+                (1, true) => Some(step::update_together(leaves.trace(), loss, &how.optimiser)?),
+                _ => None,
+            },
             accumulate: step::accumulate(leaves.trace(), loss)?,
+            last: (how.accumulate > 1 && together)
+                .then(|| step::accumulate_together(leaves.trace(), loss))
+                .transpose()?,
             apply: step::apply(&shapes, &how.optimiser)?,
             evaluate: step::evaluate(leaves.trace(), |t| {
                 step::language_model_loss(t, &evaluated, &batch, &how.targets)
@@ -642,7 +639,7 @@ impl Graphs {
     /// Bytes that are kept from step to step: weights, moments, sums of gradients, the cache of samples. The second: of
     /// these, what `graph` has no part in.
     fn kept(&self, graph: &Graph, how: &How) -> (usize, usize) {
-        let parts = [&self.accumulate, &self.apply].into_iter().filter(|_| self.whole.is_none());
+        let parts = [&self.accumulate, &self.apply].into_iter().filter(|_| self.whole.is_none()); // as the last
         let samples = Some(&self.decode).filter(|_| how.samples);
         let run = self.whole.iter().chain(parts).chain([&self.evaluate]).chain(samples);
         let all: HashMap<&str, usize> = run.flat_map(states).collect();
@@ -691,7 +688,7 @@ fn refused(budget: usize, least: usize, kept: usize, how: &How) -> Error {
         megabytes(least),
         megabytes(kept),
     );
-    if how.optimiser.clip.is_some() && how.accumulate == 1 && how.processes == 1 {
+    if how.optimiser.clip.is_some() && how.accumulate == 1 {
         problem += "; without clipping (optimiser.clip = 0) gradients need not exist all at once";
     }
     Error::config("run.memory", problem)

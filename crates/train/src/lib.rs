@@ -14,7 +14,6 @@ pub mod config;
 pub mod data;
 pub mod dialogue;
 mod error;
-pub mod group;
 mod learner;
 pub mod lora;
 pub mod metrics;

@@ -15,13 +15,12 @@ mod prepare;
 
 use crate::config::{Config, Receipt, Settings};
 use crate::data::{Batches, Corpus, PackedRows, Rows};
-use crate::group::{Alone, Group};
 use crate::learner::Base;
 use crate::lora::{self, Finetuned, Material};
 use crate::metrics::{Metrics, Record, StepRecord};
 use crate::step::Targets;
 use crate::task::Exam;
-use crate::verify::{self, Frozen};
+use crate::verify::{self, Frozen, Verdict};
 use crate::{Error, How, Learner, Outcome, checkpoint, checkpoint::Progress, report};
 use sparsam_engine::Opened;
 use sparsam_formats::{AtomicFile, Kind, Source};
@@ -29,10 +28,11 @@ use sparsam_kernels::roof::{self, Arithmetic};
 use sparsam_kernels::{Context, Cpu};
 use sparsam_models::Model;
 use sparsam_plan::units::show_bytes;
-use sparsam_runtime::{Device, Options, Precision, Recompute};
+use sparsam_runtime::{Alone, Device, Group, Options, Pass, Precision, Recompute};
 use sparsam_tokenizer::{Specials, Tokenizer};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -82,7 +82,7 @@ pub struct Run {
     finetuned: Option<Finetuned>,
     progress: Progress,
     /// The processes that train together; the first one writes the folder.
-    group: Box<dyn Group>,
+    group: Arc<dyn Group>,
     /// Operations a second that the machine can do at most.
     peak: f64,
     /// Operations of learning from one token.
@@ -96,14 +96,14 @@ impl Run {
     /// # Errors
     /// Settings that make no sense, text that cannot be trained on, a folder that holds a run already.
     pub fn start(folder: &Path, config: Config) -> Result<Run, Error> {
-        Run::start_in(folder, config, Box::new(Alone))
+        Run::start_in(folder, config, Arc::new(Alone))
     }
 
     /// As [`Run::start`], by all processes of `group` together, which see the same folder: the first one writes it.
     ///
     /// # Errors
     /// As [`Run::start`]; then the other processes wait in vain, and have to be ended.
-    pub fn start_in(folder: &Path, mut config: Config, group: Box<dyn Group>) -> Result<Run, Error> {
+    pub fn start_in(folder: &Path, mut config: Config, group: Arc<dyn Group>) -> Result<Run, Error> {
         if group.rank() > 0 {
             group.sum_counts(&mut [0]);
             return Run::resume_in(folder, group);
@@ -132,7 +132,7 @@ impl Run {
         run.initialise()?;
         // The others wait here for the folder.
         group.sum_counts(&mut [0]);
-        run.group = group;
+        run.join(group);
         Ok(run)
     }
 
@@ -150,14 +150,14 @@ impl Run {
     /// # Errors
     /// If there is none, or its files do not belong together.
     pub fn resume(folder: &Path) -> Result<Run, Error> {
-        Run::resume_in(folder, Box::new(Alone))
+        Run::resume_in(folder, Arc::new(Alone))
     }
 
     /// As [`Run::resume`], by as many processes as it was started with.
     ///
     /// # Errors
     /// As [`Run::resume`]; if they are more or fewer.
-    pub fn resume_in(folder: &Path, group: Box<dyn Group>) -> Result<Run, Error> {
+    pub fn resume_in(folder: &Path, group: Arc<dyn Group>) -> Result<Run, Error> {
         let settings_file = folder.join("config.toml");
         if !settings_file.exists() {
             return Err(Error::config(folder.display().to_string(), "holds no run (no config.toml)"));
@@ -182,7 +182,7 @@ impl Run {
                 format!("the run was started with {before}, not {now}: its rows are dealt out to {before}");
             return Err(Error::config("run.processes", problem));
         }
-        run.group = group;
+        run.join(group);
         run.taken_up()
     }
 
@@ -209,6 +209,11 @@ impl Run {
         write_file(&settings_file, run.config.to_toml().as_bytes())?;
         run.initialise()?;
         Ok(run)
+    }
+
+    fn join(&mut self, group: Arc<dyn Group>) {
+        self.learner.join(group.clone());
+        self.group = group;
     }
 
     /// At its newest checkpoint; at its beginning if it has none.
@@ -263,7 +268,7 @@ impl Run {
             learner,
             finetuned: p.finetuned,
             progress: Progress::default(),
-            group: Box::new(Alone),
+            group: Arc::new(Alone),
             peak,
             flop_per_token,
         })
@@ -424,7 +429,7 @@ impl Run {
             self.examine(metrics, on)?;
         }
         while self.progress.step < self.settings.steps && !self.stops(stop) && !self.gives_up() {
-            if self.progress.step < self.settings.verify && self.leads() {
+            if self.progress.step < self.settings.verify {
                 self.second_opinion(metrics, on)?;
             }
             let record = self.step(*saved)?;
@@ -472,7 +477,7 @@ impl Run {
             micro.push(self.train.batch(self.progress.rows + first as u64, s.batch)?);
         }
         let lr = s.schedule.at(t);
-        let outcome = self.learner.step_in(&*self.group, &micro, t, lr)?;
+        let outcome = self.learner.step(&micro, t, lr)?;
         self.watch(&outcome, t, saved)?;
         let s = &self.settings;
         let seconds = start.elapsed().as_secs_f64();
@@ -495,24 +500,38 @@ impl Run {
         })
     }
 
-    /// Compares the coming step with its plain meaning, and leaves out the pass that explains a difference.
+    /// Compares the coming step with its plain meaning, and leaves out the pass that explains a difference: in all
+    /// processes, whose programs have to be the same.
     fn second_opinion(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let mut off = Pass::ALL.map(|_| 0);
+        if self.leads() {
+            let verdict = self.judge_step(metrics, on)?;
+            off = Pass::ALL.map(|pass| u64::from(verdict.off.contains(&pass)));
+        }
+        self.group.sum_counts(&mut off);
+        if off.iter().any(|n| *n > 0) {
+            let off = Pass::ALL.into_iter().zip(off).filter(|(_, n)| *n > 0).map(|(pass, _)| pass).collect();
+            let options = self.learner.how().options.clone();
+            self.learner.set_options(Options { off, ..options })?;
+        }
+        Ok(())
+    }
+
+    /// The verdict on the coming step, as a note.
+    fn judge_step(&mut self, metrics: &mut Metrics, on: &mut dyn FnMut(Event)) -> Result<Verdict, Error> {
         let t = self.progress.step + 1;
         let rows = self.train.batch(self.progress.rows, self.settings.batch)?;
         let lr = self.settings.schedule.at(t);
         let frozen = Frozen::new(&mut self.learner, &rows, t, lr)?;
         let graphs = self.learner.graphs()?;
         let graph = graphs.whole.as_ref().unwrap_or(&graphs.accumulate);
-        let options = self.learner.how().options.clone();
         let folder = self.folder.join(format!("verify-{t}"));
         let within = self.learner.within(graph)?;
         let verdict = verify::second_opinion(graph, &frozen, &within, &folder)?;
-        if !verdict.agrees() {
-            self.learner.set_options(Options { off: verdict.off.clone(), ..options })?;
-        }
         let note = format!("step {t}: {verdict}");
         on(Event::Note(&note));
-        metrics.add(&Record::Note { step: t, note })
+        metrics.add(&Record::Note { step: t, note })?;
+        Ok(verdict)
     }
 
     /// What the compiler did to keep to the budget of memory; `None` without one.

@@ -3,7 +3,9 @@
 //! [`update`] is the whole of it for any loss written over a [`Trace`]; [`language_model_loss`] is the loss of the
 //! models of this workspace. Batches larger than memory are cut into micro-batches: [`accumulate`] adds up their
 //! gradients in states, [`apply`] steps once behind them. The loss is divided by the number of targets of the whole
-//! batch, not of the micro-batch, so that accumulation gives the gradient of the joint batch.
+//! batch, not of the micro-batch, so that accumulation gives the gradient of the joint batch. So it is with many
+//! processes, whose gradients are summed behind the last micro-batch, each as soon as it is there: accumulate, reduce,
+//! clip, optimise.
 
 use crate::optim::Optimiser;
 use sparsam_ir::{DType, Graph, Tensor, Trace, TraceError, grad};
@@ -43,6 +45,24 @@ pub fn update(
     finish(&t, &loss, norm.as_ref())
 }
 
+/// As [`update`], by all processes of a group together, each of which has a part of the batch: what steps is the sum of
+/// their gradients. [`LOSS`] is that of this process's part.
+///
+/// # Errors
+/// The first shape error, with its line.
+#[track_caller]
+pub fn update_together(
+    t: Trace,
+    loss: impl FnOnce(&Trace) -> Tensor,
+    optimiser: &Optimiser,
+) -> Result<Graph, TraceError> {
+    let loss = loss(&t);
+    let (parameters, grads) = gradients(&t, &loss);
+    let sums: Vec<Tensor> = grads.iter().map(Tensor::all_reduce).collect();
+    let norm = optimiser.update(&t, &parameters, &sums);
+    finish(&t, &loss, norm.as_ref())
+}
+
 /// Adds the gradients of `loss` to the states `grad.NAME`. Output: [`LOSS`].
 ///
 /// # Errors
@@ -54,6 +74,23 @@ pub fn accumulate(t: Trace, loss: impl FnOnce(&Trace) -> Tensor) -> Result<Graph
     for ((name, w), g) in parameters.iter().zip(&grads) {
         let sum = t.state(&grad_state(name), &w.shape(), DType::F32);
         sum.assign(&(&sum + g));
+    }
+    finish(&t, &loss, None)
+}
+
+/// As [`accumulate`], behind which the states hold the sums over all processes of a group: for the last micro-batch of a
+/// step.
+///
+/// # Errors
+/// The first shape error, with its line.
+#[track_caller]
+pub fn accumulate_together(t: Trace, loss: impl FnOnce(&Trace) -> Tensor) -> Result<Graph, TraceError> {
+    let loss = loss(&t);
+    let (parameters, grads) = gradients(&t, &loss);
+    for ((name, w), g) in parameters.iter().zip(&grads) {
+        let sum = t.state(&grad_state(name), &w.shape(), DType::F32);
+        let sum = sum.assign(&(&sum + g));
+        sum.assign(&sum.all_reduce());
     }
     finish(&t, &loss, None)
 }

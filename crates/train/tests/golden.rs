@@ -4,15 +4,14 @@ use sparsam_formats::Source;
 use sparsam_formats::safetensors::File;
 use sparsam_ir::{AdamW, DType, Muon, Precision, Trace};
 use sparsam_models::{Config, Model};
-use sparsam_runtime::{Data, Device, Options, Session, Weights};
+use sparsam_runtime::{Data, Device, Group, Options, Session, Weights};
 use sparsam_train::data::PackedRows;
-use sparsam_train::group::Group;
 use sparsam_train::optim::Optimiser;
 use sparsam_train::{How, Learner};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-#[path = "common/threads.rs"]
+#[path = "../../runtime/tests/common/threads.rs"]
 mod threads;
 use threads::Threads;
 
@@ -126,14 +125,18 @@ fn ten_steps_node_by_node() {
 /// Three processes with a row each take PyTorch's steps on all three rows, and have the same weights bit for bit.
 #[test]
 fn ten_steps_of_three_processes() {
-    for case in ["llama", "gpt2"] {
+    let ways = [("llama", Options::default()), ("gpt2", Options::default()), ("gpt2", Options::eager())];
+    for (case, options) in ways {
         let threads = Threads::all(3).into_iter().map(|group| {
+            let options = options.clone();
             std::thread::spawn(move || {
                 let g = golden(case);
-                let mut learner = learner(&g, 1, 3, Options::default());
+                let mut learner = learner(&g, 1, 3, options);
+                let rank = group.rank();
+                learner.join(Arc::new(group));
                 for step in 0..10 {
-                    let own = vec![rows(&g, step, 3)[group.rank()].clone()];
-                    let got = learner.step_in(&group, &own, step as u64 + 1, g.lr[step] as f64).unwrap();
+                    let own = vec![rows(&g, step, 3)[rank].clone()];
+                    let got = learner.step(&own, step as u64 + 1, g.lr[step] as f64).unwrap();
                     let band =
                         3.0 * g.f32_error[step] as f64 + 4.0 * f32::EPSILON as f64 * g.loss[step] as f64;
                     let off = (got.loss - g.loss[step] as f64).abs();

@@ -4,9 +4,10 @@ use sparsam_train::config::Config;
 use sparsam_train::metrics::{self, Record};
 use sparsam_train::{Error, Event, Run, checkpoint};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-#[path = "common/threads.rs"]
+#[path = "../../runtime/tests/common/threads.rs"]
 mod threads;
 use threads::Threads;
 
@@ -130,60 +131,112 @@ fn a_run_stopped_and_taken_up_again_is_the_run_that_was_not() {
     }
 }
 
-/// Two processes train in one folder as one with twice the rows; the folder goes on with two, not with one.
+type Bits = Vec<(String, Vec<u32>)>;
+
+/// A run of two processes in `folder`, new with the settings `more` or taken up again, up to step `until`: the weights and
+/// moments of both. The second one is told to stop, and both do.
+fn together(folder: &Path, more: Option<&str>, until: Option<u64>) -> [Bits; 2] {
+    let threads = Threads::all(2).into_iter().map(|group| {
+        let folder = folder.to_path_buf();
+        let config = more.map(|more| config(folder.parent().unwrap(), more));
+        std::thread::spawn(move || {
+            let group = Arc::new(group);
+            let mut run = match config {
+                None => Run::resume_in(&folder, group).unwrap(),
+                Some(config) => Run::start_in(&folder, config, group).unwrap(),
+            };
+            if let Some(budget) = run.settings().memory {
+                assert!(run.learner().bytes() <= budget, "{} of {budget}", run.learner().bytes());
+            }
+            let (stop, second) = (AtomicBool::new(false), !run.leads());
+            let done = run
+                .go(&stop, &mut |e| {
+                    if matches!(e, Event::Step(s) if Some(s.step) == until && second) {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                })
+                .unwrap();
+            assert_eq!((done.progress.step, done.complete), until.map_or((12, true), |step| (step, false)));
+            weights(&mut run)
+        })
+    });
+    let threads: Vec<_> = threads.collect();
+    let both: Vec<Bits> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+    assert!(both[0] == both[1], "the processes have different weights");
+    both.try_into().unwrap()
+}
+
+/// Two processes train in one folder as one with all their rows; stopped and taken up again, they are the two that were
+/// not, to the last bit; the folder goes on with two, not with one.
 #[test]
 fn two_processes_are_one_with_twice_the_rows() {
-    let dir = tempfile::tempdir().unwrap();
-    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
-    let joint = SHORT.replace("batch = 4", "batch = 8");
-    let mut alone = Run::start(&one, config(dir.path(), &joint)).unwrap();
-    go(&mut alone);
-    let together = |resume: bool| -> Vec<Vec<(String, Vec<u32>)>> {
-        let threads = Threads::all(2).into_iter().map(|group| {
-            let (folder, config) = (two.clone(), config(dir.path(), SHORT));
-            std::thread::spawn(move || {
-                let group = Box::new(group);
-                let mut run = match resume {
-                    true => Run::resume_in(&folder, group).unwrap(),
-                    false => Run::start_in(&folder, config, group).unwrap(),
-                };
-                // One of them is told to stop: both do, behind the same step.
-                let (stop, second) = (AtomicBool::new(false), !run.leads());
-                let done = run
-                    .go(&stop, &mut |e| {
-                        if matches!(e, Event::Step(s) if s.step == 6 && second) {
-                            stop.store(true, Ordering::Relaxed);
-                        }
-                    })
-                    .unwrap();
-                assert_eq!((done.progress.step, done.complete), if resume { (12, true) } else { (6, false) });
-                weights(&mut run)
-            })
-        });
-        let threads: Vec<_> = threads.collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    };
-    together(false);
-    let e = Run::resume(&two).err().unwrap().to_string();
-    assert!(e.contains("run.processes: the run was started with 2, not 1"), "{e}");
-    let both = together(true);
-    assert!(both[0] == both[1], "the processes have different weights");
-    // The joint batch's, but for the order of sums.
-    let f = |bits: &u32| f32::from_bits(*bits) as f64;
-    for ((name, a), (_, b)) in
-        weights(&mut alone).iter().zip(&both[0]).filter(|((n, _), _)| n.contains("adamw.m"))
-    {
-        let norm = |x: f64| x * x;
-        let off: f64 = a.iter().zip(b).map(|(a, b)| norm(f(a) - f(b))).sum();
-        let all: f64 = a.iter().map(|a| norm(f(a))).sum();
-        assert!(off.sqrt() <= 1e-3 * all.sqrt(), "{name}: {} of {}", off.sqrt(), all.sqrt());
+    let ways = [
+        ("batch = 4", "batch = 8", ""),
+        ("batch = 2\naccumulate = 2", "batch = 8", ""),
+        // Each gradient is consumed as it comes.
+        ("batch = 4", "batch = 8", "clip = 0.0\n"),
+        ("batch = 4", "batch = 8", "kind = \"muon\"\n"),
+        ("batch = 2\naccumulate = 2\ndtype = \"bf16\"", "batch = 8\ndtype = \"bf16\"", ""),
+    ];
+    for (i, (each, joint, optimiser)) in ways.into_iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings =
+            |batch: &str| SHORT.replace("batch = 4", batch).replace("[run]", &format!("{optimiser}[run]"));
+        let [one, two, parts] = ["one", "two", "parts"].map(|name| dir.path().join(name));
+        let mut alone = Run::start(&one, config(dir.path(), &settings(joint))).unwrap();
+        go(&mut alone);
+        let [whole, _] = together(&two, Some(&settings(each)), None);
+        together(&parts, Some(&settings(each)), Some(6));
+        let e = Run::resume(&parts).err().unwrap().to_string();
+        assert!(e.contains("run.processes: the run was started with 2, not 1"), "{e}");
+        let [resumed, _] = together(&parts, None, None);
+        assert!(whole == resumed, "way {i}: the run that was taken up again is another");
+        assert_eq!(losses(&two), losses(&parts), "way {i}");
+        // The joint batch's, but for the order of sums.
+        let f = |bits: &u32| f32::from_bits(*bits) as f64;
+        for ((name, a), (_, b)) in
+            weights(&mut alone).iter().zip(&whole).filter(|((n, _), _)| n.contains("adamw.m"))
+        {
+            let norm = |x: f64| x * x;
+            let off: f64 = a.iter().zip(b).map(|(a, b)| norm(f(a) - f(b))).sum();
+            let all: f64 = a.iter().map(|a| norm(f(a))).sum();
+            assert!(off.sqrt() <= 1e-3 * all.sqrt(), "way {i}: {name}: {} of {}", off.sqrt(), all.sqrt());
+        }
+        let held =
+            |folder: &Path| losses(folder).into_iter().filter(|(step, _)| *step > 1000).collect::<Vec<_>>();
+        for (a, b) in held(&one).iter().zip(&held(&two)) {
+            let off = (f64::from_bits(a.1) - f64::from_bits(b.1)).abs();
+            assert!(a.0 == b.0 && off < 1e-4, "way {i}: {a:?} {b:?}");
+        }
+        assert!(two.join("model.gguf").exists() && parts.join("model.gguf").exists());
     }
-    let held =
-        |folder: &Path| losses(folder).into_iter().filter(|(step, _)| *step > 1000).collect::<Vec<_>>();
-    for (a, b) in held(&one).iter().zip(&held(&two)) {
+}
+
+/// Two processes keep to a budget of memory, and check a step on the way.
+#[test]
+fn two_processes_keep_to_a_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = SHORT.replace("[run]", "clip = 0.0\n[run]\nverify = 1").replace("sample_every = 6\n", "");
+    let with = |memory: &str| format!("{settings}sample_every = 0\nmemory = \"{memory}\"\n");
+    // Nothing is begun with a budget that nothing fits into: the second process is not waited for.
+    let leader = Arc::new(Threads::all(2).remove(0));
+    let none = Run::start_in(&dir.path().join("none"), config(dir.path(), &with("1kB")), leader);
+    let said = none.err().unwrap().to_string();
+    let least = said.split("tokens take ").nth(1).unwrap().split(" MB").next().unwrap();
+    let (free, tight) = (dir.path().join("free"), dir.path().join("tight"));
+    together(&free, Some(&with("1GB")), None);
+    together(&tight, Some(&with(&format!("{least}MB"))), None);
+    for (a, b) in losses(&free).iter().zip(&losses(&tight)) {
         assert!(a.0 == b.0 && (f64::from_bits(a.1) - f64::from_bits(b.1)).abs() < 1e-4, "{a:?} {b:?}");
     }
-    assert!(two.join("model.gguf").exists());
+    let notes: Vec<String> = metrics::read(&tight.join("metrics.jsonl"))
+        .unwrap()
+        .into_iter()
+        .filter_map(|r| if let Record::Note { note, .. } = r { Some(note) } else { None })
+        .collect();
+    for part in ["are computed again", "compiled and plain agree"] {
+        assert!(notes.iter().any(|n| n.contains(part)), "{part}: {notes:?}");
+    }
 }
 
 /// The loss falls under Muon, and its matrices have one moment.

@@ -25,8 +25,9 @@ use std::collections::HashMap;
 pub(crate) fn cse(graph: &Graph) -> Graph {
     let mut seen: HashMap<(Op, Vec<NodeId>), NodeId> = HashMap::new();
     rewrite(graph, |g, node| {
-        // A write replaces its state: two of them are two versions, even if they look alike.
-        if node.op.writes_state() {
+        // A write replaces its state: two of them are two versions, even if they look alike. A sum over processes is a
+        // call of all of them: as many as were asked for.
+        if node.op.writes_state() || node.op == Op::AllReduce {
             return push(g, node);
         }
         *seen.entry((node.op.clone(), node.inputs.clone())).or_insert_with(|| push(g, node))
@@ -59,6 +60,15 @@ mod tests {
             let second = first.assign(&(&first + &x));
             let seed = t.input("seed", &[2], DType::I32);
             second + t.random(&seed, 0, &[2]) + t.random(&seed, 1, &[2])
+        });
+        assert_eq!(on_graph(cse, &g), g.to_string());
+    }
+
+    #[test]
+    fn sums_over_processes_stay_as_many_as_they_are() {
+        let g = graph(|t| {
+            let x = t.input("x", &[2], DType::F32);
+            x.all_reduce() + x.all_reduce()
         });
         assert_eq!(on_graph(cse, &g), g.to_string());
     }

@@ -9,22 +9,53 @@
 //! ```
 //!
 //! and after, the update stands behind the last step that reads `w`. Where the update waits for all gradients (their
-//! common norm), it stays.
+//! common norm), it stays. Where a gradient is summed over processes, the update leaves that sum some time: it stands
+//! behind the start of later sums of [`BESIDE`] bytes.
 
-use crate::program::{Program, Step};
+use crate::program::{Kernel, Program, Step};
+
+/// Bytes of later gradients whose sums over processes are started before an update waits for one: about a layer of GPT-2
+/// 124M (28 MB), so that a sum has the time in which a layer's gradients are made. So much more lives at once.
+const BESIDE: usize = 32 << 20;
 
 /// Moves state writes up.
 pub(crate) fn hoist(program: &mut Program) {
+    let writes = |program: &Program, step: &Step| {
+        step.row().is_some() && step.outs.iter().all(|o| !program.is_temp(o.place))
+    };
+    move_up(program, writes);
+}
+
+/// Moves the steps that `moves` accepts up to just behind what they wait for, one after the other.
+pub(super) fn move_up(program: &mut Program, moves: impl Fn(&Program, &Step) -> bool) {
     let mut order: Vec<Step> = Vec::with_capacity(program.steps.len());
     for step in std::mem::take(&mut program.steps) {
-        let moves = step.row().is_some() && step.outs.iter().all(|o| !program.is_temp(o.place));
-        let at = match moves {
-            true => order.iter().rposition(|before| conflict(before, &step)).map_or(0, |i| i + 1),
+        let at = match moves(program, &step) {
+            true => beside_sums(&order, &step),
             false => order.len(),
         };
         order.insert(at, step);
     }
     program.steps = order;
+}
+
+/// The first place in `order` at which `step` may stand without waiting for a sum over processes that has just begun.
+fn beside_sums(order: &[Step], step: &Step) -> usize {
+    let first = order.iter().rposition(|before| conflict(before, step)).map_or(0, |i| i + 1);
+    let sum = |s: &Step| s.kernel == Kernel::AllReduce;
+    let reads = |s: &Step| s.outs.iter().any(|o| step.ins.iter().any(|i| i.place == o.place));
+    let Some(last) = order.iter().rposition(|s| sum(s) && reads(s)) else { return first };
+    if sum(step) {
+        return first;
+    }
+    let mut begun = 0;
+    for (i, s) in order.iter().enumerate().skip(last + 1) {
+        if i >= first && begun >= BESIDE {
+            return i;
+        }
+        begun += if sum(s) { s.outs[0].bytes() } else { 0 };
+    }
+    order.len()
 }
 
 /// Whether `later` cannot pass `before`.
@@ -75,6 +106,31 @@ mod tests {
         };
         assert_eq!(writes(&before), [3, 2, 1]);
         assert_ne!(writes(&after), [3, 2, 1], "{after}");
+    }
+
+    #[test]
+    fn an_update_leaves_the_sum_of_its_gradient_some_time() {
+        let t = Trace::new().training(|_| true);
+        let n = BESIDE / 4 / 2;
+        let gradient = |i: usize| t.input(&format!("x{i}"), &[1, n], DType::F32).exp().all_reduce();
+        let gradients: Vec<_> = (0..6).map(gradient).collect();
+        for (i, g) in gradients.iter().enumerate() {
+            let w = t.weight(&i.to_string(), &[1, n]);
+            w.assign(&(&w - g));
+        }
+        let mut p = crate::lower::lower(&t.finish(&[]).unwrap(), None).unwrap();
+        [fuse, super::super::overlap::overlap, hoist].into_iter().for_each(|pass| pass(&mut p));
+        let shown: String = p
+            .steps
+            .iter()
+            .map(|s| match s.kernel {
+                Kernel::AllReduce => 's',
+                _ if p.is_temp(s.outs[0].place) => 'g',
+                _ => 'u',
+            })
+            .collect();
+        // Two sums of half of it each are begun behind one before its update waits for it.
+        assert_eq!(shown, "gsgsgsugsugsugsuuu", "{p}");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! A result of a row program takes the place of an operand that ends with it, where both have the same elements
-//! at the same points. Before:
+//! A result of a row program (or of a sum over processes) takes the place of an operand that ends with it, where both
+//! have the same elements at the same points. Before:
 //!
 //! ```text
 //! row [4, 8] {
@@ -12,7 +12,7 @@
 //! and after, `p2` is `p1`. An operand that someone reads later, or that a view shifts, stays.
 
 use crate::check::lifetimes;
-use crate::program::{Place, Program};
+use crate::program::{Kernel, Place, Program};
 use sparsam_ir::Layout;
 
 /// Lets results take the places of operands that end with them.
@@ -28,7 +28,7 @@ pub(crate) fn in_place(program: &mut Program) {
             o.place = becomes[o.place];
         }
         let step = &program.steps[i];
-        if step.row().is_none() {
+        if step.row().is_none() && step.kernel != Kernel::AllReduce {
             continue;
         }
         let mut renames = Vec::new();
@@ -131,6 +131,12 @@ mod tests {
         });
         let p = on_program(&[super::super::fuse::fuse, in_place, plan], &g);
         assert_eq!(p.arena_bytes, one, "{p}");
+    }
+
+    #[test]
+    fn a_sum_over_processes_lies_where_its_operand_did() {
+        assert_eq!(arena(|_, x| x.all_reduce().neg()), 4 * 8 * 4);
+        assert_eq!(arena(|_, x| x.all_reduce() + x.clone()), 2 * 4 * 8 * 4);
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod fuse;
 mod hoist;
 mod in_place;
 mod merge;
+mod overlap;
 mod plan;
 mod precision;
 mod recompute;
@@ -19,7 +20,7 @@ pub(crate) mod testing;
 mod thin;
 
 use crate::program::Program;
-use crate::report::{PassReport, Report};
+use crate::report::{PassReport, Report, Sums};
 use crate::{Error, check, lower};
 use sparsam_ir::{Graph, Precision, verify};
 
@@ -40,6 +41,8 @@ pub enum Pass {
     Thin,
     /// Products of one activation with several weights become one kernel.
     Merge,
+    /// Sums over processes begin as soon as what they sum is there.
+    Overlap,
     /// Steps move to where they are needed.
     Schedule,
     /// Updates of states move up to where their values are made.
@@ -52,7 +55,7 @@ pub enum Pass {
 
 impl Pass {
     /// In the order in which they run.
-    pub const ALL: [Pass; 11] = [
+    pub const ALL: [Pass; 12] = [
         Pass::Simplify,
         Pass::Cse,
         Pass::Dce,
@@ -60,6 +63,7 @@ impl Pass {
         Pass::Fuse,
         Pass::Thin,
         Pass::Merge,
+        Pass::Overlap,
         Pass::Schedule,
         Pass::Hoist,
         Pass::Collapse,
@@ -76,6 +80,7 @@ impl Pass {
             Pass::Fuse => "fuse",
             Pass::Thin => "thin",
             Pass::Merge => "merge",
+            Pass::Overlap => "overlap",
             Pass::Schedule => "schedule",
             Pass::Hoist => "hoist",
             Pass::Collapse => "collapse",
@@ -140,6 +145,7 @@ pub fn compile(graph: &Graph, options: &Options) -> Result<Program, Error> {
     report.bytes = program.bytes_moved();
     report.arena = program.arena_bytes;
     report.memory = recompute::memory(&program);
+    report.sums = Sums::of(&program);
     program.report = report;
     Ok(program)
 }
@@ -201,11 +207,12 @@ fn on_program(
     let mut program = lower::lower(graph, loss_rows)?;
     checked("lower", &program, false)?;
     type OnProgram = fn(&mut Program);
-    let on_program: [(Pass, OnProgram); 8] = [
+    let on_program: [(Pass, OnProgram); 9] = [
         (Pass::Accumulate, accumulate::accumulate),
         (Pass::Fuse, fuse::fuse),
         (Pass::Thin, thin::thin),
         (Pass::Merge, merge::merge),
+        (Pass::Overlap, overlap::overlap),
         (Pass::Schedule, schedule::schedule),
         (Pass::Hoist, hoist::hoist),
         (Pass::Collapse, collapse::collapse),

@@ -52,6 +52,7 @@ fn is_cheap(op: &Op) -> bool {
             | Op::Gather
             | Op::ScatterAdd { .. }
             | Op::Random { .. }
+            | Op::AllReduce
     )
 }
 
@@ -154,6 +155,10 @@ struct Again<'g> {
 impl Again<'_> {
     fn is_again(&self, x: NodeId) -> bool {
         let i = x.index();
+        // A sum over processes is made once by all of them.
+        if self.graph.node(x).op == Op::AllReduce {
+            return false;
+        }
         let Some(segment) = self.segments.of.get(i).copied().flatten() else { return false };
         match self.levels[segment] {
             Level::Nothing => false,

@@ -92,6 +92,7 @@ fn folded(g: &mut Graph, node: &Node) -> Option<NodeId> {
         | Op::ScatterAdd { .. }
         | Op::Attention(_)
         | Op::CrossEntropy { .. }
+        | Op::AllReduce // so many times as there are processes
         | Op::Assign
         | Op::ScatterRows => return None,
     };
@@ -155,6 +156,7 @@ fn rule(g: &mut Graph, node: &Node) -> Option<NodeId> {
         | Op::ScatterAdd { .. }
         | Op::Attention(_)
         | Op::CrossEntropy { .. }
+        | Op::AllReduce
         | Op::Assign
         | Op::ScatterRows => None,
     }
@@ -351,12 +353,13 @@ mod tests {
 
     #[test]
     fn what_values_decide_stays() {
-        let keeps: [Model; 5] = [
+        let keeps: [Model; 6] = [
             |t| x(t).mul_scalar(0.0),                        // NaN * 0 is NaN
             |t| x(t) / t.full(&[2, 3], 3.0),                 // 1/3 is not exact
             |t| &x(t) * &x(t).exp().add_scalar(1.0).recip(), // a sigmoid
             |t| x(t).mul_scalar(1e-30).mul_scalar(1e-30),    // their product is no f32
             |t| x(t).slice(0, 1, 2).slice(1, 1, 2),          // two axes
+            |t| t.full(&[2, 3], 1.0).all_reduce(),           // as many as there are processes
         ];
         for (i, f) in keeps.into_iter().enumerate() {
             assert_eq!(text(f), on_graph(dce, &graph(f)), "keep {i}");

@@ -81,7 +81,7 @@ impl Script<'_> {
         let x = self.one();
         let shape = x.shape();
         let last = x.rank() - 1;
-        Some(match self.pick(27) {
+        Some(match self.pick(28) {
             0 => x.tanh().exp(),
             1 => x.neg(),
             2 => x.abs().add_scalar(0.5).sqrt(),
@@ -191,6 +191,7 @@ impl Script<'_> {
                 let loss = m.tanh().linear_cross_entropy(&w, &targets, Precision::F32);
                 if self.pick(2) == 0 { loss } else { m.tanh().matmul(&w.t()).exp().cross_entropy(&targets) }
             }
+            27 => x.all_reduce(), // one process: itself
             24 if self.kinds.jumps => {
                 let other = self.one();
                 let y = self.like(&other, &shape);

@@ -1,6 +1,6 @@
 //! Threads of one process in the place of the processes of a group.
 
-use sparsam_train::group::Group;
+use sparsam_runtime::Group;
 use std::sync::{Arc, Barrier, Mutex};
 
 /// One of them.

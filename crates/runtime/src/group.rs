@@ -1,12 +1,12 @@
-//! Several processes that train one model together: each learns from rows of its own, and the gradients are summed over all
-//! before the optimiser steps, so that every process takes the same step.
+//! Several processes that run the same programs, each on numbers of its own, and sum some of their results over all.
 //!
-//! How sums cross the machine or the network is not this crate's matter: a [`Group`] is given to it (MPI's, by the command
-//! line's feature `mpi`).
+//! How sums cross the machine or the network is not this crate's matter: a [`Group`] is given to a session (MPI's, by the
+//! command line's feature `mpi`).
 
-/// The processes of a run. Every call is made by all of them, in the same order, with slices of the same length.
-pub trait Group {
-    /// Which process this is, from 0. Process 0 writes the run's folder.
+/// The processes that run together. Every call is made by all of them, in the same order, with slices of the same length;
+/// one call of a process at a time, though not always from the same thread.
+pub trait Group: Send + Sync {
+    /// Which process this is, from 0.
     fn rank(&self) -> usize;
     /// How many processes there are.
     fn size(&self) -> usize;
