@@ -3,6 +3,7 @@
 mod blocks;
 mod calibration;
 mod goal;
+mod kept;
 mod report;
 
 use crate::ledger::Ledger;
@@ -33,6 +34,7 @@ use std::time::Instant;
   sparsam quantize model.gguf -o small.gguf --type Q4_0 --imatrix imatrix.gguf
   sparsam quantize model.gguf -o small.gguf --size 70MB --calibration chats.jsonl
   sparsam quantize model.gguf -o small.gguf --kl 0.05
+  sparsam quantize model.gguf -o small.gguf --speed 20
   sparsam quantize model.gguf -o small.gguf --fit 8GB --ctx 4096
   sparsam quantize ./folder -o folder-gptq --type GPTQ4 --group-size 64
   sparsam quantize model.gguf -o small.gguf --type Q4_0 --dry-run
@@ -94,7 +96,7 @@ pub struct Args {
     no_act_order: bool,
     /// Round this tensor anew (by its name in the report) and take all others from the file that --output names; may be
     /// given more than once
-    #[arg(long, value_name = "TENSOR", conflicts_with_all = ["size", "bits", "fit", "kl"])]
+    #[arg(long, value_name = "TENSOR", conflicts_with_all = ["size", "bits", "fit", "kl", "speed"])]
     redo: Vec<String>,
     /// Most memory for calibration activations, such as 1GB; beyond it they go to disk
     #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes)]
@@ -134,6 +136,10 @@ struct Goal {
     /// nearest codes (GPTQ then does better)
     #[arg(long, value_name = "NATS")]
     kl: Option<f64>,
+    /// Tokens to write in a second on this machine, such as 20: what is expected to lose least of what is as fast, by a short
+    /// measurement
+    #[arg(long, value_name = "TOK/S")]
+    speed: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -174,7 +180,9 @@ impl Args {
                 "an importance matrix says of each input how much it matters, GPTQ wants to know how inputs go together: give --calibration, or --method nearest with --imatrix"
             );
         }
-        for (name, value) in [("--bits", self.goal.bits), ("--kl", self.goal.kl)] {
+        for (name, value) in
+            [("--bits", self.goal.bits), ("--kl", self.goal.kl), ("--speed", self.goal.speed)]
+        {
             if value.is_some_and(|v| v.is_nan() || v <= 0.0) {
                 bail!("{name} is {}; a number above 0 is wanted", value.unwrap_or_default());
             }
@@ -197,21 +205,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let named = named_plan(&args, &opened)?;
     if let Some(plan) = named.as_ref().filter(|_| args.dry_run) {
         warn(&args, plan, &opened)?;
-        return report::dry_run(&args, &opened, plan);
+        return report::dry_run(&args, &opened, plan, None);
     }
     let calibration = if args.needs_text() { Some(Calibration::new(&args, &opened)?) } else { None };
     if let (Some(c), Some(scored)) = (&calibration, &args.eval) {
         warn_overlap(c, scored, &opened)?;
     }
     let tokens = calibration.as_ref().map(|c| &c.tokens);
-    let plan = match (named, tokens) {
-        (Some(plan), _) => plan,
-        (None, Some(tokens)) => goal::plan(&args, &opened, tokens, &device)?,
+    let (plan, expected) = match (named, tokens) {
+        (Some(plan), _) => (plan, None),
+        (None, Some(tokens)) => {
+            let chosen = goal::plan(&args, &opened, tokens, &device)?;
+            (chosen.plan, Some(chosen.tokens_per_second))
+        }
         (None, None) => unreachable!("goals need text"),
     };
     warn(&args, &plan, &opened)?;
     if args.dry_run {
-        return report::dry_run(&args, &opened, &plan);
+        return report::dry_run(&args, &opened, &plan, expected);
     }
     let method = match args.method() {
         MethodName::Nearest => Method::Nearest,
@@ -259,13 +270,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     // Scoring, below, is no part of what the file costs.
     let comparison = ledger.finish(&args.output, tokens.map(|t| t.len() as f64))?;
-    let mut runs = None;
     if let Some(text) = &args.eval {
         // The file is safe by now; it is written once more with what scoring finds.
         passport.score = Some(report::score(&args, &opened, text)?);
         write(&args, &job, &opened, &passport)?;
-        runs = Some(report::runs(&args, &opened)?);
     }
+    let runs = match args.eval.is_some() || args.goal.speed.is_some() {
+        true => Some(report::runs(&args, &opened)?),
+        false => None,
+    };
     let bytes: usize = plan.iter().map(TensorPlan::bytes).sum();
     let weights: usize = plan.iter().map(TensorPlan::numel).sum();
     let report = Report {
@@ -275,10 +288,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         bits_per_weight: 8.0 * bytes as f64 / weights as f64,
         passport,
         seconds,
+        expected_tokens_per_second: expected,
         runs,
         healing: job.healing()?,
         layers,
     };
+    kept::forget(&job.partial);
     job.clean();
     report::write(&args, &plan, &report)?;
     match comparison {
@@ -481,12 +496,13 @@ fn first_passport(
     calibration: Option<&Calibration>,
 ) -> anyhow::Result<Passport> {
     let g = &args.goal;
-    let goal = match (&g.type_name, g.size, g.bits, g.fit, g.kl) {
+    let goal = match (&g.type_name, g.size, g.bits, g.fit, g.speed) {
         (Some(name), ..) => name.clone(),
         (_, Some(size), ..) => format!("at most {}", text::bytes(size)),
         (_, _, Some(bits), ..) => format!("{bits} bits a weight"),
         (_, _, _, Some(fit), _) => format!("at most {} of memory when it runs", text::bytes(fit)),
-        (.., kl) => format!("a divergence of at most {}", kl.unwrap_or_default()),
+        (.., Some(speed)) => format!("at least {speed} tokens a second"),
+        _ => format!("a divergence of at most {}", g.kl.unwrap_or_default()),
     };
     let mut method = match args.method() {
         MethodName::Nearest => match &args.imatrix {

@@ -147,7 +147,23 @@ fn goals_are_met() {
     assert_eq!(done["passport"]["goal"], "at most 40.0 kB");
     let shown = stdout(&sparsam(&[&base[..], &["--size", "40kB", "--dry-run"]].concat()));
     assert!(shown.contains("expected divergence") && shown.contains("ffn_down.weight"), "{shown}");
-    for (goal, value, says) in [("--kl", "1e-9", "larger --kl"), ("--size", "10kB", "or more")] {
+    assert!(shown.contains("tokens/s") && shown.contains("tokens a second here"), "{shown}");
+    // A speed that any machine reaches costs nothing: the types that lose least.
+    let best = bytes(&["--bits", "32"]);
+    let done = json(&[&base[..], &["--speed", "0.5", "--json"]].concat());
+    assert_eq!(std::fs::metadata(&out).unwrap().len(), done["bytes"].as_u64().unwrap());
+    assert_eq!(plan(&["--speed", "0.5"])["tensor_bytes"].as_u64().unwrap(), best);
+    assert_eq!(done["passport"]["goal"], "at least 0.5 tokens a second");
+    let positive = |v: &Value| v.as_f64().is_some_and(|v| v > 0.5);
+    assert!(positive(&done["expected_tokens_per_second"]), "{done}");
+    assert!(positive(&done["runs"][1]["tokens_per_second"]), "measured after it is written: {done}");
+    let shown = stdout(&sparsam(&[&base[..], &["--speed", "0.5"]].concat()));
+    assert!(shown.contains(" expected, "), "forecast beside fact: {shown}");
+    for (goal, value, says) in [
+        ("--kl", "1e-9", "larger --kl"),
+        ("--size", "10kB", "or more"),
+        ("--speed", "1e9", "writes 1000000000 tokens a second here: the fastest"),
+    ] {
         let done = sparsam(&[&base[..], &[goal, value]].concat());
         let err = String::from_utf8_lossy(&done.stderr);
         assert!(done.status.code() == Some(1) && err.contains(says), "{err}");
@@ -167,6 +183,8 @@ fn quantize_says_what_it_cannot_do() {
     check(&["--kl", "0.1", "--fit", "8GB"], 2, "--fit");
     check(&["--size", "80 bananas"], 2, "no unit");
     check(&["--kl=-1"], 1, "--kl is -1");
+    check(&["--speed", "0"], 1, "--speed is 0");
+    check(&["--speed", "20", "--size", "1GB"], 2, "--size");
     check(&["--type", "Q4_9", "--method", "nearest"], 1, "no type \"Q4_9\"; known are Q4_0");
     check(&["--type", "GPTQ5"], 1, "2, 3, 4 or 8 bits, not 5");
     check(&["--type", "GPTQ4", "--group-size", "48"], 1, "groups of 48");

@@ -175,6 +175,29 @@ pub fn profile(engine: &Engine, work: Work) -> Result<Profile, Error> {
     work.texts(engine)?.profile(|texts| work.run(engine, texts))
 }
 
+/// Seconds of a token of `work` that are no products with weights: the median of `repeat` runs, after one that does not
+/// count.
+///
+/// # Errors
+/// As [`bench()`].
+pub fn beside_products(engine: &Engine, work: Work, repeat: usize) -> Result<f64, Error> {
+    let mut texts = work.texts(engine)?;
+    texts.time(0, |texts| work.run(engine, texts))?;
+    texts.runner.set_profiling(true);
+    let (mut products, mut beside) = (0.0, Vec::new());
+    for _ in 0..repeat.max(1) {
+        texts.clear();
+        let start = Instant::now();
+        work.run(engine, &mut texts)?;
+        let all = start.elapsed().as_secs_f64();
+        let so_far = texts.runner.profile().map_or(0.0, |p| p.time_of("weight matmul").as_secs_f64());
+        beside.push(all - (so_far - products));
+        products = so_far;
+    }
+    beside.sort_by(f64::total_cmp);
+    Ok(beside[beside.len() / 2].max(0.0) / work.tokens().max(1) as f64)
+}
+
 /// Measures the machine (half a second) and counts the model's work for a prompt of `n` tokens.
 ///
 /// # Errors

@@ -45,7 +45,7 @@ mod task;
 pub use adapter::{PeftConfig, TrainedAdapter};
 pub use attention_bench::{AttentionForm, AttentionShape, bench_attention};
 pub use batch::{Batcher, JobId, Logprob, Output};
-pub use bench::{Roofs, Timing, Work, bench, profile, roofs};
+pub use bench::{Roofs, Timing, Work, bench, beside_products, profile, roofs};
 pub use choice::{Choices, Likelihood, Per, choose_among, likeliest};
 pub use compare::{Comparison, compare};
 pub use engine::{DEFAULT_CONTEXT, Engine, Options};

@@ -1,11 +1,15 @@
-//! What the machine can do at most: read bandwidth and arithmetic of registers alone, measured.
+//! What the machine can do at most: read bandwidth and arithmetic of registers alone, measured; and what products with one
+//! row of activations make of that bandwidth.
 //!
-//! Speeds are quoted as shares of these (Williams et al. 2009, the roofline model). Each figure is the best of several
+//! Speeds are quoted as shares of these (Williams et al. 2009, the roofline model). Each roof is the best of several
 //! short runs on all threads, since whatever disturbs a run only makes it slower.
 
-use crate::{AlignedBytes, Context};
+use crate::mem::View;
+use crate::weight::{self, Weight};
+use crate::{AlignedBytes, Context, Error, Memory, Pages, Precision};
+use sparsam_dtype::DType;
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Runs of which the best counts.
 const RUNS: usize = 5;
@@ -52,6 +56,50 @@ pub fn peak(ctx: &Context, kind: Arithmetic) -> f64 {
     let threads = ctx.pool().threads();
     let per_turn = ops_per_turn(ctx, kind);
     best((threads * TURNS) as f64 * per_turn, || ctx.pool().run(threads, |_| turn(ctx, kind)))
+}
+
+/// Bytes of weights per second that all threads together multiply with one row of activations of 8 bits: the median of some
+/// passes over matrices of `shapes` (rows and columns) stored as `dtype`, as many from the front as are together beyond
+/// caches. What a generated token takes, but for what lies between the products.
+///
+/// # Errors
+/// As [`Weight::pack`]; [`Error::Shape`] if there is no matrix.
+pub fn product_rate(ctx: &Context, dtype: DType, shapes: &[[usize; 2]]) -> Result<f64, Error> {
+    /// Three times a large cache.
+    const COLD: usize = 96 << 20;
+    let pages = &mut Pages::default();
+    let (mut weights, mut bytes) = (Vec::new(), 0);
+    for &[rows, cols] in shapes {
+        let row = dtype.bytes_for(cols).filter(|&n| n > 0).unwrap_or(1);
+        let rows = rows.min(COLD.saturating_sub(bytes).div_ceil(row));
+        if rows > 0 && cols > 0 {
+            // Any bytes but such as make infinities: half precision reads 0.065 in these.
+            let fill = vec![0x2C; dtype.bytes_for(rows * cols).unwrap_or(0)];
+            weights.push(Weight::pack_in(pages, dtype, rows, cols, &fill)?);
+            bytes += fill.len();
+        }
+    }
+    let widest = |f: fn(&Weight) -> usize| weights.iter().map(f).max();
+    let (Some(rows), Some(cols)) = (widest(Weight::rows), widest(Weight::cols)) else {
+        return Err(Error::Shape { op: "product_rate", what: "no matrix to multiply with".into() });
+    };
+    let mut mem = Memory::new();
+    let (a, out) = (mem.add_owned(4 * cols), mem.add_owned(4 * rows));
+    mem.bytes_mut(a)?.fill(0x3F); // 0.75
+    let mut times = Vec::new();
+    let start = Instant::now();
+    // The first pass counts no more than one of five does in a median.
+    while times.len() < 5 || (start.elapsed() < Duration::from_millis(30) && times.len() < 1000) {
+        let pass = Instant::now();
+        for w in &weights {
+            let a = View::contiguous(a, DType::F32, &[1, w.cols()]);
+            let out = View::contiguous(out, DType::F32, &[1, w.rows()]);
+            weight::matmul(ctx, &mut mem, &[&out], &a, &[w], Precision::Int8)?;
+        }
+        times.push(pass.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(bytes as f64 / times[times.len() / 2])
 }
 
 fn best(work: f64, mut run: impl FnMut()) -> f64 {
@@ -194,5 +242,16 @@ mod tests {
         }
         let bytes = read_bandwidth(&Context::new(1, Cpu::detect()));
         assert!((1e8..1e12).contains(&bytes), "{bytes:e}");
+    }
+
+    #[test]
+    fn products_of_every_type_have_a_rate() {
+        let ctx = Context::new(1, Cpu::detect());
+        for dtype in [DType::S3_64, DType::Q4_0, DType::Q8_0, DType::F16] {
+            let rate = product_rate(&ctx, dtype, &[[100, 64], [0, 64], [17, 128]]).unwrap();
+            assert!((1e6..1e12).contains(&rate), "{dtype}: {rate:e}");
+        }
+        assert!(product_rate(&ctx, DType::Q4_0, &[[16, 33]]).unwrap_err().to_string().contains("blocks"));
+        assert!(product_rate(&ctx, DType::Q4_0, &[]).unwrap_err().to_string().contains("no matrix"));
     }
 }

@@ -7,6 +7,7 @@
 
 use crate::Error;
 use crate::recipe::{self, TensorPlan};
+use crate::speed::Speed;
 use sparsam_dtype::{DType, codec};
 use sparsam_formats::Source;
 use sparsam_ir::{Graph, Trace};
@@ -31,50 +32,88 @@ pub struct Choice {
     pub bytes: usize,
     /// The divergence that it is expected to cause.
     pub loss: f64,
+    /// Seconds of a generated token that it is expected to take.
+    pub seconds: f64,
 }
 
-/// For each tensor the index of its choice, such that the bytes stay within `budget` and the losses' sum is small: starting
-/// from the smallest, the step that wins most a byte is taken first. `None` if even the smallest do not fit.
+/// What a budget counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cost {
+    /// Bytes of the file.
+    Bytes,
+    /// Seconds of a generated token.
+    Seconds,
+}
+
+impl Cost {
+    /// What a choice costs.
+    pub fn of(self, choice: &Choice) -> f64 {
+        match self {
+            Cost::Bytes => choice.bytes as f64,
+            Cost::Seconds => choice.seconds,
+        }
+    }
+
+    /// The least that all tensors together can cost.
+    pub fn least(self, tensors: &[Vec<Choice>]) -> f64 {
+        tensors.iter().map(|c| c.iter().map(|c| self.of(c)).fold(f64::INFINITY, f64::min)).sum()
+    }
+
+    /// The most.
+    pub fn most(self, tensors: &[Vec<Choice>]) -> f64 {
+        tensors.iter().map(|c| c.iter().map(|c| self.of(c)).fold(0.0, f64::max)).sum()
+    }
+}
+
+/// For each tensor the index of its choice, such that the cost stays within `budget` and the losses' sum is small: starting
+/// from the cheapest, the step that wins most for its cost is taken first. `None` if even the cheapest do not fit.
 ///
 /// ```
 /// use sparsam_dtype::DType;
-/// use sparsam_quantize::budget::{Choice, allocate};
-/// let c = |bytes, loss| Choice { dtype: DType::Q8_0, bytes, loss };
+/// use sparsam_quantize::budget::{Choice, Cost, allocate};
+/// let c = |bytes, loss| Choice { dtype: DType::Q8_0, bytes, loss, seconds: 1.0 };
 /// let tensors = [vec![c(10, 8.0), c(20, 1.0)], vec![c(10, 3.0), c(20, 1.0)]];
-/// assert_eq!(allocate(&tensors, 30), Some(vec![1, 0])); // 7 saved beats 2
-/// assert_eq!(allocate(&tensors, 15), None);
+/// assert_eq!(allocate(&tensors, 30.0, Cost::Bytes), Some(vec![1, 0])); // 7 saved beats 2
+/// assert_eq!(allocate(&tensors, 15.0, Cost::Bytes), None);
+/// assert_eq!(allocate(&tensors, 2.0, Cost::Seconds), Some(vec![1, 1])); // all take the same time
 /// ```
-pub fn allocate(tensors: &[Vec<Choice>], budget: usize) -> Option<Vec<usize>> {
-    let hulls: Vec<Vec<usize>> = tensors.iter().map(|c| hull(c)).collect();
+pub fn allocate(tensors: &[Vec<Choice>], budget: f64, cost: Cost) -> Option<Vec<usize>> {
+    let hulls: Vec<Vec<usize>> = tensors.iter().map(|c| hull(c, cost)).collect();
     let mut at = vec![0usize; tensors.len()];
-    let bytes = |t: usize, i: usize| tensors[t][hulls[t][i]].bytes;
-    let mut used: usize = (0..tensors.len()).map(|t| bytes(t, 0)).sum();
-    if used > budget {
+    let used = |at: &[usize]| (0..tensors.len()).map(|t| cost.of(&tensors[t][hulls[t][at[t]]])).sum::<f64>();
+    let mut now = used(&at);
+    if now > budget {
         return None;
     }
     loop {
         let mut best: Option<(f64, usize)> = None;
         for t in 0..tensors.len() {
             let Some(&next) = hulls[t].get(at[t] + 1) else { continue };
-            let (now, next) = (tensors[t][hulls[t][at[t]]], tensors[t][next]);
-            let rate = (now.loss - next.loss) / (next.bytes - now.bytes) as f64;
-            if used + next.bytes - now.bytes <= budget && best.is_none_or(|(r, _)| rate > r) {
+            let (from, to) = (tensors[t][hulls[t][at[t]]], tensors[t][next]);
+            let more = cost.of(&to) - cost.of(&from);
+            let rate = (from.loss - to.loss) / more;
+            if now + more <= budget && best.is_none_or(|(r, _)| rate > r) {
                 best = Some((rate, t));
             }
         }
         let Some((_, t)) = best else { break };
-        used += bytes(t, at[t] + 1) - bytes(t, at[t]);
         at[t] += 1;
+        // Summed anew: differences of seconds would add up their rounding.
+        now = used(&at);
+        if now > budget {
+            at[t] -= 1;
+            break;
+        }
     }
     Some((0..tensors.len()).map(|t| hulls[t][at[t]]).collect())
 }
 
-/// The choices on the lower convex hull of loss over bytes, by bytes: what any price a byte could make worth taking.
-fn hull(choices: &[Choice]) -> Vec<usize> {
+/// The choices on the lower convex hull of loss over cost, by cost: what any price could make worth taking.
+fn hull(choices: &[Choice], cost: Cost) -> Vec<usize> {
     let mut order: Vec<usize> = (0..choices.len()).collect();
     order.sort_by(|&a, &b| {
-        let (a, b) = (choices[a], choices[b]);
-        a.bytes.cmp(&b.bytes).then(a.loss.total_cmp(&b.loss))
+        let (a, b) = (&choices[a], &choices[b]);
+        cost.of(a).total_cmp(&cost.of(b)).then(a.loss.total_cmp(&b.loss)).then(a.bytes.cmp(&b.bytes))
     });
     let mut hull: Vec<usize> = Vec::new();
     for i in order {
@@ -82,7 +121,7 @@ fn hull(choices: &[Choice]) -> Vec<usize> {
             continue;
         }
         let slope = |a: usize, b: usize| {
-            (choices[a].loss - choices[b].loss) / (choices[b].bytes as f64 - choices[a].bytes as f64)
+            (choices[a].loss - choices[b].loss) / (cost.of(&choices[b]) - cost.of(&choices[a]))
         };
         while let [.., a, b] = hull[..]
             && slope(a, b) <= slope(b, i)
@@ -190,17 +229,23 @@ pub(crate) fn layer_of(name: &str) -> Option<usize> {
 }
 
 /// What a budget can make of each tensor: its choices and their expected losses, from the divergences of
-/// [`sensitivity`]. Tensors that are no matrices have one choice, F32.
+/// [`sensitivity`], and times. Tensors that are no matrices have one choice, F32.
 ///
 /// # Errors
 /// If a tensor cannot be read.
-pub fn choices(source: &Source, plan: &[TensorPlan], sensitivity: &[f64]) -> Result<Vec<Vec<Choice>>, Error> {
+pub fn choices(
+    source: &Source,
+    plan: &[TensorPlan],
+    sensitivity: &[f64],
+    speed: &Speed,
+) -> Result<Vec<Vec<Choice>>, Error> {
     let mut all = Vec::new();
     for (p, &kl) in plan.iter().zip(sensitivity) {
         let bytes = |d: DType| d.bytes_for(p.numel()).unwrap_or(0);
         let Some(probe) = probe(p) else {
             let dtype = if recipe::is_rounded(&p.spec) { DType::F16 } else { DType::F32 };
-            all.push(vec![Choice { dtype, bytes: bytes(dtype), loss: 0.0 }]);
+            let seconds = speed.seconds(p, dtype);
+            all.push(vec![Choice { dtype, bytes: bytes(dtype), loss: 0.0, seconds }]);
             continue;
         };
         let cols = p.spec.shape[1];
@@ -209,7 +254,7 @@ pub fn choices(source: &Source, plan: &[TensorPlan], sensitivity: &[f64]) -> Res
         let mut choices = Vec::new();
         for dtype in CANDIDATES.into_iter().filter(|d| cols.is_multiple_of(d.block_len())) {
             let loss = kl * squared_error(dtype, &rows)? / unit;
-            choices.push(Choice { dtype, bytes: bytes(dtype), loss });
+            choices.push(Choice { dtype, bytes: bytes(dtype), loss, seconds: speed.seconds(p, dtype) });
         }
         all.push(choices);
     }
@@ -325,24 +370,35 @@ fn divergence(p: &[f32], q: &[f32], vocab: usize) -> f64 {
 mod tests {
     use super::*;
 
-    /// Against trying all combinations: the hull's answer is the best for the bytes that it used.
+    /// Against trying all combinations: the hull's answer is the best for what it used, of bytes or of seconds.
     #[test]
     fn spends_as_well_as_trying_everything() {
-        let c = |bytes, loss| Choice { dtype: DType::Q4_0, bytes, loss };
+        // A second a byte in one sense, in the other all bytes alike.
+        for cost in [Cost::Bytes, Cost::Seconds] {
+            spends_well(cost);
+        }
+    }
+
+    fn spends_well(cost: Cost) {
+        let c = |n: usize, loss| match cost {
+            Cost::Bytes => Choice { dtype: DType::Q4_0, bytes: n, loss, seconds: 1.0 },
+            Cost::Seconds => Choice { dtype: DType::Q4_0, bytes: 7, loss, seconds: n as f64 },
+        };
         let tensors = vec![
             vec![c(2, 9.0), c(3, 5.0), c(4, 4.5), c(6, 1.0)],
             vec![c(1, 4.0), c(2, 2.0), c(5, 1.9)],
             vec![c(3, 1.0), c(4, 3.0), c(8, 0.1)], // a larger type may be worse
         ];
         for budget in 0..22 {
-            let got = allocate(&tensors, budget);
+            let got = allocate(&tensors, budget as f64, cost);
             let mut combinations = Vec::new();
             for i in 0..4 {
                 for j in 0..3 {
                     for k in 0..3 {
                         let at = [i, j, k];
-                        let of = |f: fn(&Choice) -> f64| (0..3).map(|t| f(&tensors[t][at[t]])).sum::<f64>();
-                        combinations.push((of(|c| c.bytes as f64) as usize, of(|c| c.loss)));
+                        let of =
+                            |f: &dyn Fn(&Choice) -> f64| (0..3).map(|t| f(&tensors[t][at[t]])).sum::<f64>();
+                        combinations.push((of(&|c| cost.of(c)), of(&|c| c.loss)));
                     }
                 }
             }
@@ -350,11 +406,11 @@ mod tests {
                 assert!(budget < 6, "{budget}");
                 continue;
             };
-            let bytes: usize = got.iter().enumerate().map(|(t, &i)| tensors[t][i].bytes).sum();
+            let used: f64 = got.iter().enumerate().map(|(t, &i)| cost.of(&tensors[t][i])).sum();
             let loss: f64 = got.iter().enumerate().map(|(t, &i)| tensors[t][i].loss).sum();
-            assert!(bytes <= budget);
+            assert!(used <= budget as f64);
             let best =
-                combinations.iter().filter(|(b, _)| *b <= bytes).map(|c| c.1).fold(f64::INFINITY, f64::min);
+                combinations.iter().filter(|(c, _)| *c <= used).map(|c| c.1).fold(f64::INFINITY, f64::min);
             assert!(loss <= best + 1e-12, "budget {budget}: {loss}, could be {best}");
         }
     }

@@ -22,6 +22,7 @@ pub mod passport;
 pub mod recipe;
 mod refit;
 pub mod report;
+pub mod speed;
 pub mod stream;
 mod taps;
 mod write;

@@ -20,6 +20,9 @@ pub struct Report {
     pub passport: Passport,
     /// Time of the run, without the scoring.
     pub seconds: f64,
+    /// Tokens that the result was expected to write in a second, if its types were chosen by a goal.
+    #[serde(default)]
+    pub expected_tokens_per_second: Option<f64>,
     /// Speed and memory of the parent and of the result, if they were measured.
     pub runs: Option<[Runs; 2]>,
     /// What healing did to each block.
@@ -68,7 +71,9 @@ impl Report {
         rows.extend(self.passport.lines());
         if let Some([before, after]) = &self.runs {
             let speed = (after.tokens_per_second, before.tokens_per_second);
-            rows.push(("writes", format!("{:.0} tokens a second, parent {:.0}", speed.0, speed.1)));
+            let expected = self.expected_tokens_per_second.map(|e| format!(" ({e:.0} expected)"));
+            let expected = expected.unwrap_or_default();
+            rows.push(("writes", format!("{:.0} tokens a second{expected}, parent {:.0}", speed.0, speed.1)));
             let memory = (mb(after.weight_bytes), mb(before.weight_bytes));
             rows.push(("weights in memory", format!("{}, parent {}", memory.0, memory.1)));
         }
@@ -207,6 +212,7 @@ mod tests {
             bits_per_weight: 4.5,
             passport,
             seconds: 3.0,
+            expected_tokens_per_second: None,
             runs: None,
             healing: vec![healed(0.03, 0.01, true), healed(0.01, 0.5, false)],
             layers: vec![layer("a", Some(error)), layer("b", None)],

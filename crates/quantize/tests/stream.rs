@@ -5,8 +5,10 @@ use sparsam_formats::{Source, TensorSpec, gguf};
 use sparsam_ir::{Precision, Trace};
 use sparsam_models::nn::Batch;
 use sparsam_models::{Config, Model};
+use sparsam_quantize::budget::Cost;
 use sparsam_quantize::heal::Heal;
 use sparsam_quantize::recipe::{self, TensorPlan};
+use sparsam_quantize::speed::Speed;
 use sparsam_quantize::stream::{Gptq, Job, Layer, Method};
 use sparsam_quantize::{Error, Tokens, budget};
 use sparsam_runtime::{Data, Device, Session, Weights};
@@ -269,12 +271,29 @@ fn budgets_are_kept_and_spent_where_it_matters() {
     for (p, kl) in plan.iter().zip(&kl) {
         assert_eq!(*kl > 0.0, p.spec.shape.len() == 2, "{}: {kl}", p.spec.name);
     }
-    let choices = budget::choices(&s.source, &plan, &kl).unwrap();
+    // A machine to which 4-bit blocks of 64 are slow.
+    let rates = budget::CANDIDATES.map(|d| (d, if d == DType::S4_64 { 1e6 } else { 1e9 }));
+    let speed = Speed::known(&rates, 1e-6, None);
+    let choices = budget::choices(&s.source, &plan, &kl, &speed).unwrap();
+    for (p, c) in plan.iter().zip(&choices).filter(|(p, _)| p.spec.shape.len() == 2) {
+        for c in c {
+            let rate = if c.dtype == DType::S4_64 { 1e6 } else { 1e9 };
+            assert!((c.seconds * rate - c.bytes as f64).abs() < 1e-6, "{} {c:?}", p.spec.name);
+        }
+    }
+    // Time alone: what is slow is never chosen, and twice the time of the fastest is kept to.
+    let fastest = Cost::Seconds.least(&choices);
+    let at = budget::allocate(&choices, 2.0 * fastest, Cost::Seconds).unwrap();
+    let chosen = || at.iter().zip(&choices).map(|(&i, c)| c[i]);
+    assert!(chosen().all(|c| c.dtype != DType::S4_64) && chosen().any(|c| c.dtype == DType::Q8_0));
+    assert!(chosen().map(|c| c.seconds).sum::<f64>() <= 2.0 * fastest);
+    assert!(budget::allocate(&choices, 0.9 * fastest, Cost::Seconds).is_none());
+
     let smallest: usize = choices.iter().map(|c| c.iter().map(|c| c.bytes).min().unwrap()).sum();
-    assert!(budget::allocate(&choices, smallest - 1).is_none());
+    assert!(budget::allocate(&choices, (smallest - 1) as f64, Cost::Bytes).is_none());
     let mut last = f64::INFINITY;
     for budget in [smallest, smallest * 3 / 2, smallest * 2] {
-        let at = budget::allocate(&choices, budget).unwrap();
+        let at = budget::allocate(&choices, budget as f64, Cost::Bytes).unwrap();
         let loss: f64 = at.iter().zip(&choices).map(|(&i, c)| c[i].loss).sum();
         assert!(loss < last, "{budget}: {loss}, {last} with less");
         last = loss;

@@ -1,6 +1,7 @@
 //! Threads and instructions.
 
 use crate::Error;
+use sparsam_dtype::DType;
 use sparsam_kernels::roof::{self, Arithmetic};
 use sparsam_kernels::{Context, Cpu};
 use std::sync::Arc;
@@ -46,6 +47,15 @@ impl Device {
     /// Operations per second of all threads together out of registers, measured now (a tenth of a second).
     pub fn peak(&self, kind: Arithmetic) -> f64 {
         roof::peak(&self.context, kind)
+    }
+
+    /// Bytes of weights per second that one row of activations of 8 bits is multiplied with, where matrices of `shapes`
+    /// (rows and columns) are stored as `dtype`, measured now (some tenth of a second).
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the type's blocks do not divide the rows, or there is no matrix.
+    pub fn product_rate(&self, dtype: DType, shapes: &[[usize; 2]]) -> Result<f64, Error> {
+        roof::product_rate(&self.context, dtype, shapes).map_err(Error::Device)
     }
 
     pub(crate) fn context(&self) -> &Context {

@@ -53,7 +53,7 @@ pub enum Error {
     /// The graph does not compile.
     #[error(transparent)]
     Compile(#[from] sparsam_compiler::Error),
-    /// The instructions asked for do not exist here.
+    /// The instructions asked for do not exist here, or what was to be measured.
     #[error(transparent)]
     Device(sparsam_kernels::Error),
     /// A kernel refuses its operands: an index outside of a table, or an error of ours.

@@ -43,6 +43,11 @@ impl Profile {
         }
     }
 
+    /// Time of the kernels of this name.
+    pub fn time_of(&self, kernel: &str) -> Duration {
+        self.kernels.iter().filter(|k| k.kernel == kernel).map(|k| k.time).sum()
+    }
+
     /// Time in all kernels.
     pub fn total(&self) -> Duration {
         self.kernels.iter().map(|k| k.time).sum()

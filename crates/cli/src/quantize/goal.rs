@@ -1,13 +1,14 @@
-//! Types for each tensor by a goal for the whole: a size, bits a weight, a memory limit, a divergence.
+//! Types for each tensor by a goal for the whole: a size, bits a weight, a memory limit, a divergence, a speed.
 
-use super::Args;
+use super::{Args, identity, kept, partial_folder, report};
 use crate::text;
 use anyhow::bail;
 use sparsam_dtype::DType;
 use sparsam_engine::{DEFAULT_CONTEXT, Opened};
 use sparsam_quantize::Tokens;
-use sparsam_quantize::budget::{self, Choice};
+use sparsam_quantize::budget::{self, Choice, Cost};
 use sparsam_quantize::recipe::{self, TensorPlan};
+use sparsam_quantize::speed::Speed;
 use sparsam_runtime::Device;
 use std::collections::BTreeMap;
 
@@ -23,37 +24,58 @@ const POINTS: usize = 8;
 /// Below so many bits a weight, a smaller model at more bits does better.
 const FEW_BITS: f64 = 4.0;
 
+/// What a goal comes to.
+pub struct Chosen {
+    /// The type of each tensor.
+    pub plan: Vec<TensorPlan>,
+    /// Tokens a second that the result is expected to write.
+    pub tokens_per_second: f64,
+}
+
 /// The tensors' plan for the goal that `args` names.
-pub fn plan(
-    args: &Args,
-    opened: &Opened,
-    tokens: &Tokens,
-    device: &Device,
-) -> anyhow::Result<Vec<TensorPlan>> {
+pub fn plan(args: &Args, opened: &Opened, tokens: &Tokens, device: &Device) -> anyhow::Result<Chosen> {
     let (source, model) = (&opened.source, &opened.model);
     let mut plan = recipe::plan_with(model, source, |_| DType::Q8_0)?;
     let weights: usize = plan.iter().map(TensorPlan::numel).sum();
     let head = head_bytes(opened)?;
+    let key = identity(args, &[], source.path(), Some(tokens))?;
+    let key = args.goal.speed.filter(|_| !args.dry_run).map(|s| format!("{s} {} {key}", device.threads()));
+    if let Some(chosen) =
+        key.as_ref().and_then(|key| kept::kept(&partial_folder(&args.output), key, plan.clone()))
+    {
+        if !args.json {
+            text::say("going on with the types that the run before has chosen")?;
+        }
+        return Ok(chosen);
+    }
     let bar = text::bar(1000, "measuring");
+    let beside = report::beside_products(args, opened)?;
+    let speed = Speed::measure(device, model, &plan, beside)?;
     let probe = &tokens.ids()[..PROBE_TOKENS.min(tokens.ctx())];
     let sensitivity = budget::sensitivity(source, model, device, &plan, probe, &mut |share, name| {
         bar.set_position((share * 1000.0) as u64);
         bar.set_message(name.to_string());
     })?;
     bar.finish_and_clear();
-    let choices = budget::choices(source, &plan, &sensitivity)?;
-    let limit = match (args.goal.size, args.goal.bits, args.goal.fit) {
+    let choices = budget::choices(source, &plan, &sensitivity, &speed)?;
+    let goal = &args.goal;
+    let bytes = match (goal.size, goal.bits, goal.fit) {
         (Some(size), ..) => Some(size.saturating_sub(head)),
         (_, Some(bits), _) => Some((bits * weights as f64 / 8.0) as usize),
         (.., Some(fit)) => Some(fit.saturating_sub(room_beside(args, opened)?)),
         _ => None,
     };
-    let line = pareto(&choices);
+    let limit = match (bytes, goal.speed) {
+        (Some(bytes), _) => Some((bytes as f64, Cost::Bytes)),
+        (None, Some(goal)) => Some((speed.for_products(goal), Cost::Seconds)),
+        (None, None) => None,
+    };
+    let line = pareto(&choices, limit.map_or(Cost::Bytes, |(_, cost)| cost));
     if !args.json {
-        text::say(line_table(&line, head, weights))?;
+        text::say(line_table(&line, head, weights, &speed))?;
     }
-    let chosen = match (limit, args.goal.kl) {
-        (Some(limit), _) => budget::allocate(&choices, limit),
+    let chosen = match (limit, goal.kl) {
+        (Some((limit, cost)), _) => budget::allocate(&choices, limit, cost),
         (None, Some(goal)) => Some(for_divergence(goal, &choices, &mut |chosen| {
             let mut trial = plan.clone();
             set(&mut trial, &choices, chosen);
@@ -62,8 +84,15 @@ pub fn plan(
         (None, None) => None,
     };
     let Some(chosen) = chosen else {
-        let least: usize = choices.iter().filter_map(|c| c.iter().map(|c| c.bytes).min()).sum();
-        let more = match args.goal.fit {
+        if let Some(goal) = goal.speed {
+            let most = speed.tokens_per_second(Cost::Seconds.least(&choices));
+            bail!(
+                "no mixture of the known types writes {goal} tokens a second here: the fastest of this model is expected to write {most:.1}; give --speed {} or less, or a smaller model",
+                two_digits(most)
+            );
+        }
+        let least = Cost::Bytes.least(&choices) as usize;
+        let more = match goal.fit {
             Some(_) => least + room_beside(args, opened)?,
             None => least + head,
         };
@@ -74,8 +103,10 @@ pub fn plan(
         );
     };
     set(&mut plan, &choices, &chosen);
+    let tokens_per_second = speed.tokens_per_second(Point::of(&choices, &chosen).seconds);
     if !args.json {
         text::say(allocation_table(&plan, &sensitivity))?;
+        text::say(format!("expected to write {tokens_per_second:.1} tokens a second here"))?;
     }
     let bytes: usize = plan.iter().map(TensorPlan::bytes).sum();
     let bits = 8.0 * bytes as f64 / weights as f64;
@@ -84,7 +115,18 @@ pub fn plan(
             "note: {bits:.2} bits a weight; below {FEW_BITS} a smaller model of the family at {FEW_BITS} bits or more is usually better at the same size (Dettmers & Zettlemoyer 2023)"
         );
     }
-    Ok(plan)
+    let chosen = Chosen { plan, tokens_per_second };
+    if let Some(key) = key {
+        kept::keep(&partial_folder(&args.output), &key, &chosen)?;
+    }
+    Ok(chosen)
+}
+
+/// `speed` rounded down to two digits: what can be asked for.
+fn two_digits(speed: f64) -> String {
+    let power = speed.max(f64::MIN_POSITIVE).log10().floor();
+    let unit = 10f64.powf(power - 1.0);
+    format!("{:.*}", (1.0 - power).max(0.0) as usize, (speed / unit).floor() * unit)
 }
 
 /// Bytes of the file that are no tensors: names, shapes, the vocabulary, the passport.
@@ -126,31 +168,52 @@ fn set(plan: &mut [TensorPlan], choices: &[Vec<Choice>], chosen: &[usize]) {
     }
 }
 
-fn sums(choices: &[Vec<Choice>], chosen: &[usize]) -> (usize, f64) {
-    let picked = || choices.iter().zip(chosen).map(|(c, &i)| c[i]);
-    (picked().map(|c| c.bytes).sum(), picked().map(|c| c.loss).sum())
+/// What a mixture takes and loses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Point {
+    bytes: usize,
+    seconds: f64,
+    loss: f64,
 }
 
-/// Bytes and expected divergence of the best mixtures at some sizes between the smallest and the largest.
-fn pareto(choices: &[Vec<Choice>]) -> Vec<(usize, f64)> {
-    let least: usize = choices.iter().filter_map(|c| c.iter().map(|c| c.bytes).min()).sum();
-    let most: usize = choices.iter().filter_map(|c| c.iter().map(|c| c.bytes).max()).sum();
-    let sizes = (0..POINTS).map(|i| least + (most - least) * i / (POINTS - 1));
-    let mut line: Vec<(usize, f64)> =
-        sizes.filter_map(|s| budget::allocate(choices, s)).map(|c| sums(choices, &c)).collect();
+impl Point {
+    fn of(choices: &[Vec<Choice>], chosen: &[usize]) -> Point {
+        let picked = || choices.iter().zip(chosen).map(|(c, &i)| c[i]);
+        Point {
+            bytes: picked().map(|c| c.bytes).sum(),
+            seconds: picked().map(|c| c.seconds).sum(),
+            loss: picked().map(|c| c.loss).sum(),
+        }
+    }
+}
+
+/// The best mixtures at some costs between the least and the most.
+fn pareto(choices: &[Vec<Choice>], cost: Cost) -> Vec<Point> {
+    let (least, most) = (cost.least(choices), cost.most(choices));
+    // A little above the least, which its own sum may miss by a rounding.
+    let costs = (0..POINTS).map(|i| least * (1.0 + 1e-9) + (most - least) * i as f64 / (POINTS - 1) as f64);
+    let mut line: Vec<Point> = costs
+        .filter_map(|limit| budget::allocate(choices, limit, cost))
+        .map(|c| Point::of(choices, &c))
+        .collect();
     line.dedup();
     line
 }
 
-fn line_table(line: &[(usize, f64)], head: usize, weights: usize) -> String {
+fn line_table(line: &[Point], head: usize, weights: usize, speed: &Speed) -> String {
     let rows: Vec<Vec<String>> = line
         .iter()
-        .map(|(bytes, loss)| {
-            let bits = 8.0 * *bytes as f64 / weights as f64;
-            vec![text::bytes(bytes + head), format!("{bits:.2}"), format!("{loss:.4}")]
+        .map(|p| {
+            let bits = 8.0 * p.bytes as f64 / weights as f64;
+            vec![
+                text::bytes(p.bytes + head),
+                format!("{bits:.2}"),
+                format!("{:.1}", speed.tokens_per_second(p.seconds)),
+                format!("{:.4}", p.loss),
+            ]
         })
         .collect();
-    text::table(&["file", "bits a weight", "expected divergence (nearest codes)"], &rows)
+    text::table(&["file", "bits a weight", "tokens/s", "expected divergence (nearest codes)"], &rows)
 }
 
 /// The smallest mixture whose measured divergence stays within `goal`.
@@ -159,12 +222,14 @@ fn for_divergence(
     choices: &[Vec<Choice>],
     measure: &mut dyn FnMut(&[usize]) -> anyhow::Result<f64>,
 ) -> anyhow::Result<Vec<usize>> {
-    let most: usize = choices.iter().filter_map(|c| c.iter().map(|c| c.bytes).max()).sum();
+    let most = Cost::Bytes.most(choices) as usize;
     // Divergences of single tensors do not quite add up: the ratio is measured.
     let (mut ratio, mut best): (f64, Option<Vec<usize>>) = (1.0, None);
     for _ in 0..4 {
-        let fits =
-            |limit: usize| budget::allocate(choices, limit).filter(|c| sums(choices, c).1 * ratio <= goal);
+        let fits = |limit: usize| {
+            budget::allocate(choices, limit as f64, Cost::Bytes)
+                .filter(|c| Point::of(choices, c).loss * ratio <= goal)
+        };
         let (mut low, mut high) = (0, most);
         if fits(most).is_none() {
             break;
@@ -174,9 +239,9 @@ fn for_divergence(
             if fits(middle).is_some() { high = middle } else { low = middle }
         }
         let Some(chosen) = fits(high) else { break };
-        let (bytes, expected) = sums(choices, &chosen);
+        let Point { bytes, loss: expected, .. } = Point::of(choices, &chosen);
         let measured = measure(&chosen)?;
-        if measured <= goal && best.as_ref().is_none_or(|b| bytes < sums(choices, b).0) {
+        if measured <= goal && best.as_ref().is_none_or(|b| bytes < Point::of(choices, b).bytes) {
             best = Some(chosen);
         }
         let next = measured / expected.max(f64::MIN_POSITIVE);
@@ -224,7 +289,13 @@ mod tests {
     use super::*;
 
     fn choices() -> Vec<Vec<Choice>> {
-        let c = |bytes, loss| Choice { dtype: DType::Q8_0, bytes, loss };
+        // 100 to 400 bytes take 1, 2, 2 and 3 seconds.
+        let c = |bytes: usize, loss| Choice {
+            dtype: DType::Q8_0,
+            bytes,
+            loss,
+            seconds: (bytes / 200) as f64 + 1.0,
+        };
         (1..20).map(|i| (1..5).map(|b| c(100 * b, i as f64 / (1 << (2 * b)) as f64)).collect()).collect()
     }
 
@@ -235,21 +306,31 @@ mod tests {
         for goal in [2.5, 10.0, 40.0] {
             let mut seen = Vec::new();
             let chosen = for_divergence(goal, &choices, &mut |c| {
-                seen.push(3.0 * sums(&choices, c).1);
-                Ok(3.0 * sums(&choices, c).1)
+                seen.push(3.0 * Point::of(&choices, c).loss);
+                Ok(3.0 * Point::of(&choices, c).loss)
             })
             .unwrap();
-            let got = 3.0 * sums(&choices, &chosen).1;
+            let got = 3.0 * Point::of(&choices, &chosen).loss;
             assert!(got <= goal && got > 0.6 * goal, "{goal}: {got}, tried {seen:?}");
         }
-        let said = for_divergence(0.1, &choices, &mut |c| Ok(3.0 * sums(&choices, c).1)).unwrap_err();
+        let said = for_divergence(0.1, &choices, &mut |c| Ok(3.0 * Point::of(&choices, c).loss)).unwrap_err();
         assert!(said.to_string().contains("larger --kl"), "{said}");
     }
 
     #[test]
     fn the_line_falls() {
-        let line = pareto(&choices());
+        let line = pareto(&choices(), Cost::Bytes);
         assert!(line.len() >= 4);
-        assert!(line.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 > w[1].1), "{line:?}");
+        assert!(line.windows(2).all(|w| w[0].bytes < w[1].bytes && w[0].loss > w[1].loss), "{line:?}");
+        let line = pareto(&choices(), Cost::Seconds);
+        assert!(line.len() >= 4);
+        assert!(line.windows(2).all(|w| w[0].seconds < w[1].seconds && w[0].loss > w[1].loss), "{line:?}");
+    }
+
+    #[test]
+    fn what_can_be_asked_for_is_below() {
+        for (most, said) in [(123.4, "120"), (20.04, "20"), (9.87, "9.8"), (0.0567, "0.056")] {
+            assert_eq!(two_digits(most), said);
+        }
     }
 }

@@ -4,7 +4,7 @@ use super::{Args, MethodName, blocks};
 use crate::{expected, passport, probe, text};
 use anyhow::Context;
 use serde_json::json;
-use sparsam_engine::{Engine, Opened, Options, Protocol, Windows, Work, bench, compare};
+use sparsam_engine::{self as engine, Engine, Opened, Options, Protocol, Windows, Work, compare};
 use sparsam_plan::forecast::{Forecast, Interval};
 use sparsam_plan::memory::Memory;
 use sparsam_quantize::passport::Score;
@@ -69,7 +69,12 @@ fn seconds(args: &Args, opened: &Opened, plan: &[TensorPlan]) -> anyhow::Result<
 ///
 /// # Errors
 /// If the machine cannot be measured, or nobody listens.
-pub fn dry_run(args: &Args, opened: &Opened, plan: &[TensorPlan]) -> anyhow::Result<()> {
+pub fn dry_run(
+    args: &Args,
+    opened: &Opened,
+    plan: &[TensorPlan],
+    tokens_per_second: Option<f64>,
+) -> anyhow::Result<()> {
     let bytes: usize = plan.iter().map(TensorPlan::bytes).sum();
     let weights: usize = plan.iter().map(TensorPlan::numel).sum();
     let calibrated = args.method() == MethodName::Gptq || args.heal > 0;
@@ -111,6 +116,7 @@ pub fn dry_run(args: &Args, opened: &Opened, plan: &[TensorPlan]) -> anyhow::Res
         "tensor_bytes": bytes,
         "bits_per_weight": bits,
         "calibration_tokens": tokens,
+        "expected_tokens_per_second": tokens_per_second,
         "types": types.collect::<BTreeMap<_, _>>(),
     });
     expected::show(&forecast, &machine, "rounding", more, args.json)
@@ -171,8 +177,12 @@ pub fn write(args: &Args, plan: &[TensorPlan], report: &Report) -> anyhow::Resul
         ))?;
     }
     if let Some([before, after]) = &report.runs {
+        let expected = report.expected_tokens_per_second.map_or(String::new(), |expected| {
+            let off = 100.0 * (after.tokens_per_second / expected - 1.0);
+            format!(" ({expected:.1} expected, {off:+.0}%)")
+        });
         text::say(format!(
-            "writes {:.0} tokens a second, before {:.0}; weights take {} in memory, before {}",
+            "writes {:.1} tokens a second{expected}, before {:.1}; weights take {} in memory, before {}",
             after.tokens_per_second,
             before.tokens_per_second,
             text::bytes(after.weight_bytes),
@@ -257,12 +267,28 @@ pub fn score(args: &Args, opened: &Opened, path: &Path) -> anyhow::Result<Score>
 /// If a model does not load.
 pub fn runs(args: &Args, opened: &Opened) -> anyhow::Result<[Runs; 2]> {
     let one = |path: &Path| -> anyhow::Result<Runs> {
-        let tokens = SPOKEN.min(opened.model.facts().context_length);
-        let options = Options { threads: args.threads, context: Some(tokens), ..Options::default() };
-        let engine = Engine::load(path, &options)?;
-        let work = Work::Generate { tokens, texts: 1 };
-        let timing = bench(&engine, work, 3)?;
+        let (engine, work) = speaking(args, opened, path, SPOKEN)?;
+        let timing = engine::bench(&engine, work, 3)?;
         Ok(Runs { tokens_per_second: timing.rate(), weight_bytes: engine.weights().bytes() })
     };
     Ok([one(opened.source.path())?, one(&args.output)?])
+}
+
+/// Seconds of a token that are no products with weights, measured with the parent.
+///
+/// # Errors
+/// If it does not load.
+pub fn beside_products(args: &Args, opened: &Opened) -> anyhow::Result<f64> {
+    // Of a large model few tokens tell as much, and take as long.
+    let large = opened.source.tensors().iter().map(|t| t.bytes_len()).sum::<usize>() > 1 << 30;
+    let (tokens, repeat) = if large { (4, 1) } else { (SPOKEN, 3) };
+    let (engine, work) = speaking(args, opened, opened.source.path(), tokens)?;
+    Ok(engine::beside_products(&engine, work, repeat)?)
+}
+
+/// A model that is to write so many tokens.
+fn speaking(args: &Args, opened: &Opened, path: &Path, tokens: usize) -> anyhow::Result<(Engine, Work)> {
+    let tokens = tokens.min(opened.model.facts().context_length);
+    let options = Options { threads: args.threads, context: Some(tokens), ..Options::default() };
+    Ok((Engine::load(path, &options)?, Work::Generate { tokens, texts: 1 }))
 }
