@@ -20,7 +20,7 @@ pub mod weight;
 
 pub use cpu::{Context, Cpu, Simd};
 pub use mem::{AlignedBytes, Memory, View};
-pub use pages::Pages;
+pub use pages::{Pages, give_back_freed};
 pub use pool::Pool;
 
 /// In what precision a matmul reads its activations; sums are f32 (8-bit: i32 per block, then f32).

@@ -31,8 +31,8 @@ pub(crate) const KC: usize = 768;
 /// Columns of B packed at a time: at [`KC`] steps 9 MiB, which stays in the L3 of current machines.
 const NC: usize = 3072;
 
-/// Rows of A packed at a time; 9 MiB at [`KC`] steps, a multiple of every strip.
-const MC: usize = 12 * 256;
+/// Rows of A packed at a time; 4.5 MiB at [`KC`] steps, a multiple of every strip. No less is packed with more of them.
+const MC: usize = 12 * 128;
 
 /// Strips of one task: 96 rows or 288 KiB of A, which with the panels stays in a 1 MiB L2.
 const TASK_STRIPS: usize = 8;

@@ -14,8 +14,9 @@ use std::sync::Arc;
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Allocations of at least this many bytes are mapped in large pages of their own.
-const LARGE: usize = 8 << 20;
+/// Allocations of at least this many bytes, a large page, are mapped by themselves: the system has them back as soon as
+/// they are freed, where an allocator keeps some (9 MB of buffers that had grown in a step of GPT-2 124M).
+const LARGE: usize = 2 << 20;
 
 /// Sparse allocations of at least this many bytes are mapped: 16 pages.
 const SPARSE: usize = 64 << 10;

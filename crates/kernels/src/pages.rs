@@ -91,6 +91,19 @@ pub(crate) fn sparse(len: usize) -> Option<AlignedBytes> {
     Some(AlignedBytes::from_piece(Region::small(len)?.whole(), len))
 }
 
+/// Gives back to the system what the allocator holds of freed memory: behind work that took much of it for a short time,
+/// such as compiling a large graph. Does nothing where the allocator is not glibc's.
+pub fn give_back_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu", not(miri)))]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(pad: usize) -> std::ffi::c_int;
+        }
+        // SAFETY: glibc's, with its signature; it touches no memory that is in use, and may be called by any thread.
+        unsafe { malloc_trim(0) };
+    }
+}
+
 /// Some bytes of a region, which no other piece has.
 pub(crate) struct Piece {
     /// Its own slices are never taken, so writing through [`Piece::ptr`] aliases nothing.

@@ -8,6 +8,7 @@ use crate::run::peak_flops;
 use crate::step::Targets;
 use crate::{Error, How, Learner, new};
 use serde::Serialize;
+use sparsam_kernels::give_back_freed;
 use sparsam_models::Model;
 use sparsam_runtime::{Device, Options, Profile, Report};
 use std::time::Instant;
@@ -88,6 +89,7 @@ pub fn bench(b: &Bench, profile: bool) -> Result<Measured, Error> {
     let mut learner = Learner::new(&model, how, &Device::cpu(b.threads)?)?;
     let compile_seconds = start.elapsed().as_secs_f64();
     learner.initialise(0)?;
+    give_back_freed(); // as a run does
     let mut random = Random::new(0, "bench", 0);
     let mut rows = PackedRows::default();
     for _ in 0..b.batch {

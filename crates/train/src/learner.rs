@@ -9,6 +9,7 @@ use sparsam_dtype::codec;
 use sparsam_engine::{Plan, Saver};
 use sparsam_formats::{Kind, Source, gguf};
 use sparsam_ir::{DType, Graph, Op, Trace};
+use sparsam_kernels::give_back_freed;
 use sparsam_models::adapter::DROPOUT_SEED;
 use sparsam_models::nn::{Batch, Cache};
 use sparsam_models::{Model, Parameter};
@@ -227,6 +228,8 @@ impl Learner {
         self.how.options = options;
         let graphs = self.graphs()?;
         self.programs = Programs::load(&mut self.session, &graphs, &self.how)?;
+        drop(graphs);
+        give_back_freed();
         (self.evaluate, self.decode) = (None, None);
         Ok(())
     }

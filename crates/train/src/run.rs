@@ -25,7 +25,7 @@ use crate::{Error, How, Learner, Outcome, checkpoint, checkpoint::Progress, repo
 use sparsam_engine::Opened;
 use sparsam_formats::{AtomicFile, Kind, Source};
 use sparsam_kernels::roof::{self, Arithmetic};
-use sparsam_kernels::{Context, Cpu};
+use sparsam_kernels::{Context, Cpu, give_back_freed};
 use sparsam_models::Model;
 use sparsam_plan::units::show_bytes;
 use sparsam_runtime::{Alone, Device, Group, Options, Pass, Precision, Recompute};
@@ -368,6 +368,8 @@ impl Run {
             true => Metrics::open(&self.folder.join("metrics.jsonl"), self.progress.step)?,
             false => Metrics::none(),
         };
+        // Traces, passes and files took more for a moment than they leave.
+        give_back_freed();
         let mut saved = self.progress.step;
         let result = self.steps(stop, &mut metrics, &mut saved, on);
         if let Err(e @ Error::Diverged { step, .. }) = &result {

@@ -16,11 +16,12 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// A buffer for `n` values of `T`; reuses the largest free one and replaces it if it is too small.
+    /// A buffer for `n` values of `T`: the smallest free one that is large enough, so that the large ones stay for who
+    /// needs them; where none is, a new one in the place of the largest.
     pub fn of<T>(n: usize) -> Scratch {
         let bytes = n * size_of::<T>();
         let free = FREE.with_borrow_mut(|free| {
-            let fits = free.iter().position(|b| b.len() >= bytes);
+            let fits = (0..free.len()).filter(|&i| free[i].len() >= bytes).min_by_key(|&i| free[i].len());
             let largest = fits.or_else(|| (0..free.len()).max_by_key(|&i| free[i].len()));
             largest.map(|i| free.swap_remove(i))
         });
@@ -91,5 +92,9 @@ mod tests {
         drop(a);
         drop(b);
         assert_eq!(Scratch::of::<f32>(900).ptr::<u8>(), large);
+        // The small one serves a small need, whichever was given back last.
+        let mut small = Scratch::of::<f32>(50);
+        assert_ne!(small.ptr::<u8>(), large);
+        assert_eq!(Scratch::of::<f32>(1000).ptr::<u8>(), large);
     }
 }
