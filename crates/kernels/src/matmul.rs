@@ -134,12 +134,12 @@ pub fn matmul(
         let tasks = if work <= SERIAL { 1 } else { batch.min(64) };
         ctx.pool().run(tasks, |t| {
             for i in t * batch / tasks..(t + 1) * batch / tasks {
-                product(ctx.pool(), &one(i).along_rows(), &tiles, packing);
+                one(i).along_rows().run(ctx.pool(), &tiles, packing);
             }
         });
     } else {
         for i in 0..batch {
-            product(ctx.pool(), &one(i).along_rows(), &tiles, packing);
+            one(i).along_rows().run(ctx.pool(), &tiles, packing);
         }
     }
     Ok(())
@@ -255,6 +255,89 @@ impl Product<Lanes> {
         let out = Out { rs: self.out.cs, cs: self.out.rs, ..self.out };
         Product { m: self.n, n: self.m, out, a: self.b, b: self.a, ..self }
     }
+
+    /// The same numbers either way.
+    fn run(&self, pool: &Pool, tiles: &Tiles, packing: Packing) {
+        let (short, long) = (self.m.min(self.n), self.m.max(self.n));
+        if short > 0 && short <= NARROW && long >= 4 * NARROW && self.k > 0 {
+            narrow(pool, self, tiles, packing);
+        } else {
+            product(pool, self, tiles, packing);
+        }
+    }
+}
+
+/// Rows or columns of a product with a narrow side, as an adapter's.
+const NARROW: usize = 2 * PANEL;
+
+/// Strips, or pairs of panels, of the long side that a task of a narrow product packs and uses.
+const NARROW_TASK: usize = 2;
+
+/// A product with few rows or few columns: so little is done with each element of the long side that writing it out
+/// packed, and reading it again, would take longer than the product. So each task packs its own part of it, into a
+/// scratch that stays in cache; the narrow side is packed once for all.
+fn narrow(pool: &Pool, p: &Product<Lanes>, tiles: &Tiles, packing: Packing) {
+    let &Product { m, n, k, out, add, .. } = p;
+    let (kb, strip) = (block_of_k(packing), tiles.strip);
+    let rows_are_long = m >= n;
+    let width = if rows_are_long { n.next_multiple_of(PANEL) } else { m };
+    let all_steps = packing.steps(k / kb * kb) + packing.steps(k % kb);
+    let mut short = Scratch::of::<f32>(width * all_steps);
+    let short = short.shared::<f32>();
+    for k0 in (0..k).step_by(kb) {
+        let kc = (k - k0).min(kb);
+        let (steps, at) = (packing.steps(kc), width * packing.steps(k0));
+        // SAFETY: the lanes lie within A or B; each group and block has its own part of the scratch.
+        unsafe {
+            if rows_are_long {
+                let group = |g: usize| (short.at(at + g * PANEL * steps), PANEL);
+                pack_groups(&p.b.at(0, k0), (n, PANEL), kc, group, packing);
+            } else {
+                let group = |g: usize| (short.at(at + g * strip * steps), (m - g * strip).min(strip));
+                pack_groups(&p.a.at(0, k0), (m, strip), kc, group, packing);
+            }
+        }
+    }
+    // Rows or columns of a task, and of a group in it.
+    let (long, group) = if rows_are_long { (m, strip) } else { (n, PANEL) };
+    let each = NARROW_TASK * if rows_are_long { strip } else { tiles.panels * PANEL };
+    tasks(pool, m * n * k > SERIAL, long.div_ceil(each), |t| {
+        let first = t * each;
+        let have = (long - first).min(each);
+        let mut packed = Scratch::of::<f32>(have.next_multiple_of(group) * packing.steps(k.min(kb)));
+        let packed = packed.shared::<f32>();
+        let (m0, rows) = if rows_are_long { (first, have) } else { (0, m) };
+        let (n0, cols) = if rows_are_long { (0, n) } else { (first, have) };
+        for k0 in (0..k).step_by(kb) {
+            let kc = (k - k0).min(kb);
+            let steps = packing.steps(kc);
+            let wide = |g: usize| if rows_are_long { (have - g * strip).min(strip) } else { PANEL };
+            let to = |g: usize| (packed.at(g * group * steps), wide(g));
+            let src = if rows_are_long { p.a.at(m0, k0) } else { p.b.at(n0, k0) };
+            // SAFETY: the lanes lie within A or B; the scratch is this task's own.
+            unsafe { pack_groups(&src, (have, group), kc, to, packing) };
+            let short = short.at(width * packing.steps(k0));
+            let (a, b) = if rows_are_long { (packed.at(0), short) } else { (short, packed.at(0)) };
+            for col in (0..cols).step_by(tiles.panels * PANEL) {
+                for row in (0..rows).step_by(strip) {
+                    let args = Args {
+                        steps,
+                        a: a.wrapping_add(row * steps),
+                        b: b.wrapping_add(col * steps),
+                        b_panel: PANEL * steps,
+                        b_step: PANEL,
+                        c: out.at(m0 + row, n0 + col),
+                        ldc: out.rs,
+                        add: add || k0 > 0,
+                    };
+                    let (rows, cols) = ((rows - row).min(strip), (cols - col).min(tiles.panels * PANEL));
+                    // SAFETY: strips and panels were packed above; the tile of C lies within the output and belongs
+                    // to this task alone; `Context` vouches for the instructions.
+                    unsafe { tiles.run(&args, rows, cols, out.cs) };
+                }
+            }
+        }
+    });
 }
 
 /// Runs tasks in a region, or one after the other where a region would cost more than it gives.

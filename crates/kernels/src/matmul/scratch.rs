@@ -19,7 +19,8 @@ impl Scratch {
     /// A buffer for `n` values of `T`: the smallest free one that is large enough, so that the large ones stay for who
     /// needs them; where none is, a new one in the place of the largest.
     pub fn of<T>(n: usize) -> Scratch {
-        let bytes = n * size_of::<T>();
+        // Whole lines: a buffer is used again for other types.
+        let bytes = (n * size_of::<T>()).next_multiple_of(64);
         let free = FREE.with_borrow_mut(|free| {
             let fits = (0..free.len()).filter(|&i| free[i].len() >= bytes).min_by_key(|&i| free[i].len());
             let largest = fits.or_else(|| (0..free.len()).max_by_key(|&i| free[i].len()));

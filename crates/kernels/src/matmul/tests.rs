@@ -223,6 +223,30 @@ fn a_rows_result_does_not_depend_on_the_others() {
     }
 }
 
+/// A narrow product is a part of a wide one, bit for bit.
+#[test]
+fn narrow_products_are_parts_of_wide_ones() {
+    let (wide, k) = (150, 2 * KC + 33);
+    let (a, b) = (numbers(wide * k, 3), numbers(k * wide, 4));
+    for cpu in Cpu::all() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let case = |m, n, how| Case { m, k, n, types: [DType::F32; 2], how };
+            let whole = run(&case(wide, wide, [How::Rows; 3]), &a, &b, cpu, 2, precision);
+            for few in [1, 16, 21, 32] {
+                let columns: Vec<f32> = b.chunks(wide).flat_map(|row| &row[..few]).copied().collect();
+                for how in [How::Rows, How::Columns, How::Odd] {
+                    let rows = run(&case(few, wide, [how, how, How::Rows]), &a, &b, cpu, 2, precision);
+                    assert!(rows == whole[..few * wide], "{cpu} {precision:?} {few} rows {how:?}");
+                    let cols =
+                        run(&case(wide, few, [how, how, How::Columns]), &a, &columns, cpu, 2, precision);
+                    let want = whole.chunks(wide).flat_map(|row| &row[..few]);
+                    assert!(cols.iter().eq(want), "{cpu} {precision:?} {few} columns {how:?}");
+                }
+            }
+        }
+    }
+}
+
 /// Blocks of K added one call after the other are the blocks of one call, bit for bit.
 #[test]
 fn added_products_are_one_longer_product() {
