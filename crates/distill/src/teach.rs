@@ -14,7 +14,7 @@ use crate::template::Template;
 use sha2::{Digest, Sha256};
 use sparsam_engine::{Engine, Opened, Options};
 use sparsam_tokenizer::{Specials, Tokenizer};
-use sparsam_train::config::{Config as RunConfig, SaveAs};
+use sparsam_train::config::{Compute, Config as RunConfig, SaveAs};
 use sparsam_train::data::{Batches, PackedRows};
 use sparsam_train::lora::{FinetuneConfig, Material, Method};
 use sparsam_train::step::{NO_TARGET, Targets};
@@ -45,6 +45,8 @@ pub struct Config {
     pub rank: Option<usize>,
     /// Steps between checkpoints; `None`: a quarter of the run.
     pub checkpoint_every: Option<u64>,
+    /// What products are computed in.
+    pub dtype: Compute,
     /// Type of the weights that are saved, where all are trained.
     pub save_as: SaveAs,
     /// The student first writes answers of its own, drawn from its probabilities, and learns what the teacher's
@@ -65,6 +67,7 @@ impl Default for Config {
             method: Method::Full,
             rank: None,
             checkpoint_every: None,
+            dtype: Compute::F32,
             save_as: SaveAs::F32,
             on_policy: false,
         }
@@ -318,6 +321,7 @@ pub fn teach(
     let r = &mut c.run;
     (r.steps, r.batch, r.accumulate) = (Some(steps), Some(1), Some(1));
     (r.seed, r.threads, r.save_as) = (Some(config.seed), Some(config.threads), Some(config.save_as));
+    r.dtype = Some(config.dtype);
     r.checkpoint_every = config.checkpoint_every.or(Some((steps / 4).max(1)));
     // A checkpoint of all weights is three times as large as the model.
     r.keep = Some(0);

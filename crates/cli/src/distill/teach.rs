@@ -4,6 +4,7 @@ use super::ask::TaskArgs;
 use crate::expected::{self, Rate};
 use crate::ledger::Ledger;
 use crate::load::positive;
+use crate::train::ComputeName;
 use crate::{model, text};
 use anyhow::{Context, bail};
 use serde_json::json;
@@ -97,6 +98,9 @@ pub struct Args {
     /// Threads (0: all cores)
     #[arg(long, short = 't', default_value_t = 0)]
     threads: usize,
+    /// What products are computed in; weights under training and moments stay f32
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: ComputeName,
     /// Type of the student's weights where all are trained: F32, F16 or BF16
     #[arg(long = "type", default_value = "F32", value_name = "TYPE", value_parser = weight_type)]
     save_as: SaveAs,
@@ -235,6 +239,7 @@ fn config(args: &Args) -> Config {
         method: args.method,
         rank: args.rank,
         checkpoint_every: args.checkpoint_every,
+        dtype: args.dtype.into(),
         save_as: args.save_as,
         on_policy: args.on_policy,
     }
