@@ -47,7 +47,9 @@ pub struct Args {
 /// A type that weights may be written in.
 fn dtype(name: &str) -> Result<DType, String> {
     let ours = |d: &DType| {
-        codec::can_encode(*d) && !matches!(d, DType::F64 | DType::Q8_1 | DType::Q8_K | DType::NF4)
+        codec::can_encode(*d)
+            && !matches!(d, DType::F64 | DType::Q8_1 | DType::Q8_K | DType::NF4)
+            && !d.is_state()
     };
     DType::from_name(name).filter(ours).ok_or_else(|| {
         let names: Vec<&str> = DType::ALL.iter().filter(|d| ours(d)).map(|d| d.name()).collect();

@@ -437,6 +437,14 @@ impl Lower<'_> {
                 if self.summed_into(&state, n.inputs[1]) {
                     return Ok(Value::At(state));
                 }
+                if dtype.is_block() {
+                    // Rounded by a copy of its own: row programs know plain numbers.
+                    let value = self.input(n.inputs[1]);
+                    let value = self.rows_f32(value);
+                    let value = self.contiguous(value);
+                    self.step(Kernel::Copy, vec![state.clone()], vec![value]);
+                    return Ok(Value::At(state));
+                }
                 if let Value::At(o) = &value
                     && o.place == state.place
                 {
@@ -499,11 +507,13 @@ impl Lower<'_> {
             return Ok(Value::At(o));
         }
         let o = if from.dtype.is_block() {
-            if from.shape.len() != 2 {
+            let state = matches!(self.program.places[o.place], Place::State { .. });
+            if !state && from.shape.len() != 2 {
                 return Err(self.unsupported("decoding a rounded weight that has not two axes"));
             }
             let out = self.temp(DType::F32, &from.shape);
-            self.step(Kernel::WeightDecode, vec![out.clone()], vec![o]);
+            let kernel = if state { Kernel::Copy } else { Kernel::WeightDecode };
+            self.step(kernel, vec![out.clone()], vec![o]);
             if to == DType::F32 {
                 return Ok(Value::At(out));
             }

@@ -155,7 +155,7 @@ pub enum Kernel {
     },
     /// state (S, ..) <- values (R, ..), slots I32 (R): rows replaced in place.
     ScatterRows,
-    /// out <- in of the same shape, converted.
+    /// out <- in of the same shape, converted; one of them may be a state in a block format.
     Copy,
     /// out <- in, both F32 and contiguous: its sum over all processes. The sum may be under way while later steps run, up
     /// to the first that touches `out`; both may be the same view.

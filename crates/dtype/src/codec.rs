@@ -5,13 +5,14 @@
 //! the plain meaning, block by block and scalar; fast kernels are held to it elsewhere.
 //!
 //! Blocks of 32 weights are in [`mod@small`], blocks of 256 in [`mod@large`], this project's own of 64 in [`mod@own`],
-//! QLoRA's in [`mod@nf4`], whose blocks share scales over a whole matrix; [`blocks()`] takes the others apart into scales
-//! and codes, for who chooses the codes himself. All multi-byte fields are little endian.
+//! QLoRA's in [`mod@nf4`], whose blocks share scales over a whole matrix, those of optimiser states in [`mod@dynamic`];
+//! [`blocks()`] takes the others apart into scales and codes, for who chooses the codes himself. All multi-byte fields are little endian.
 
 use crate::{DType, bf16, f16};
 use half::slice::HalfFloatSliceExt;
 
 pub mod blocks;
+pub mod dynamic;
 mod fit;
 pub mod large;
 pub mod nf4;
@@ -104,6 +105,8 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), CodecEr
         S3_64 => blocks(bytes, out, own::decode_s3_64),
         S4_64 => blocks(bytes, out, own::decode_s4_64),
         NF4 => nf4::decode(bytes, out),
+        DYN8S => blocks(bytes, out, |b, x| dynamic::decode(dynamic::signed(), b, x)),
+        DYN8U => blocks(bytes, out, |b, x| dynamic::decode(dynamic::unsigned(), b, x)),
         I8 | I16 | I32 | I64 | U8 => return Err(CodecError::NotFloat { dtype }),
     }
     Ok(())
@@ -145,6 +148,8 @@ pub fn encode(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<(), CodecError>
         S3_64 => blocks_mut(x, out, own::encode_s3_64),
         S4_64 => blocks_mut(x, out, own::encode_s4_64),
         NF4 => nf4::encode(x, out),
+        DYN8S => blocks_mut(x, out, |x, b| dynamic::encode(dynamic::signed(), x, b)),
+        DYN8U => blocks_mut(x, out, |x, b| dynamic::encode(dynamic::unsigned(), x, b)),
         I8 | I16 | I32 | I64 | U8 => return Err(CodecError::NotFloat { dtype }),
     }
     Ok(())

@@ -63,15 +63,20 @@ pub enum DType {
     /// 64 weights: 4-bit indices into the levels of QLoRA's NF4, an 8-bit scale; the scales of a whole matrix are rounded
     /// together ([`mod@codec::nf4`]). In memory only: no file holds it.
     NF4,
+    /// 256 numbers of either sign: f32 scale, 8-bit indices into a table that is dense near 0 ([`mod@codec::dynamic`]). An
+    /// optimiser's states, as are those of the next type: no model file holds them.
+    DYN8S,
+    /// 256 numbers of at least 0: as `DYN8S`, with a table of twice as many of these.
+    DYN8U,
 }
 
 impl DType {
     /// Every type, in the order of declaration.
-    pub const ALL: [DType; 27] = {
+    pub const ALL: [DType; 29] = {
         use DType::*;
         [
             F32, F16, BF16, F64, I8, I16, I32, I64, U8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1, Q2_K, Q3_K, Q4_K,
-            Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS, S2_64, S3_64, S4_64, NF4,
+            Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS, S2_64, S3_64, S4_64, NF4, DYN8S, DYN8U,
         ]
     };
 
@@ -82,7 +87,7 @@ impl DType {
             F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q8_1 | IQ4_NL => 32,
             S2_64 | S3_64 | S4_64 | NF4 => 64,
-            Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | Q8_K | IQ4_XS => 256,
+            Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | Q8_K | IQ4_XS | DYN8S | DYN8U => 256,
         }
     }
 
@@ -111,6 +116,7 @@ impl DType {
             S3_64 => 26,
             S4_64 => 34,
             NF4 => 33,
+            DYN8S | DYN8U => 260,
         }
     }
 
@@ -134,6 +140,11 @@ impl DType {
     /// Whether only this project reads it: files with such tensors are no use to llama.cpp.
     pub const fn is_own(self) -> bool {
         matches!(self, DType::S2_64 | DType::S3_64 | DType::S4_64)
+    }
+
+    /// Whether it is for an optimiser's states alone, not for weights.
+    pub const fn is_state(self) -> bool {
+        matches!(self, DType::DYN8S | DType::DYN8U)
     }
 
     /// Whether this is a plain floating-point number.
@@ -180,6 +191,8 @@ impl DType {
             S3_64 => "S3_64",
             S4_64 => "S4_64",
             NF4 => "NF4",
+            DYN8S => "DYN8S",
+            DYN8U => "DYN8U",
         }
     }
 

@@ -229,7 +229,7 @@ pub enum Op {
     /// F32: the sum of this value over all processes that run the program together, the same bits on all; by one process
     /// alone, the value itself. All make these sums in the same order.
     AllReduce,
-    /// Inputs: state, value of its shape. Result: the state's next version.
+    /// Inputs: state, value of its shape. Result: the state's next version, in its type: into a block format, encodes.
     Assign,
     /// Inputs: state (S, ..), values (N, ..), slots I32 (N). Result: the state's next version with row `slots[i]`
     /// replaced by row `i` of the values, converted to the state's type; slot -1 skips a row.

@@ -5,6 +5,7 @@
 //! that hold them together. Start at [`mem`] (what kernels work on) and [`cpu`] (what the machine can do).
 
 pub mod attention;
+mod blocks;
 mod convert;
 pub mod cpu;
 pub mod matmul;
@@ -20,7 +21,7 @@ pub mod weight;
 
 pub use cpu::{Context, Cpu, Simd};
 pub use mem::{AlignedBytes, Memory, View};
-pub use pages::{Pages, give_back_freed};
+pub use pages::{FilePages, Pages, give_back_freed};
 pub use pool::Pool;
 
 /// In what precision a matmul reads its activations; sums are f32 (8-bit: i32 per block, then f32).

@@ -217,6 +217,12 @@ impl Memory {
         self.slabs.len() - 1
     }
 
+    /// Adds a slab that kernels may write; returns its index.
+    pub fn add_bytes(&mut self, bytes: AlignedBytes) -> usize {
+        self.slabs.push(Slab::Owned(bytes));
+        self.slabs.len() - 1
+    }
+
     /// Adds a read-only slab; returns its index.
     pub fn add_shared(&mut self, bytes: Arc<AlignedBytes>) -> usize {
         self.slabs.push(Slab::Shared(bytes));

@@ -8,6 +8,7 @@
 //! All move memory and compute nothing: the roof is the bandwidth. Axes that lie alike in both operands are merged, so
 //! that the inner loop is as long as it can be.
 
+use crate::blocks;
 use crate::convert;
 use crate::mem::{Ptr, bytes_before};
 use crate::simd::{Vector, dispatch};
@@ -65,7 +66,8 @@ fn merge(out: &Layout, src: &Layout) -> Vec<Axis> {
 
 /// Copies `src` to `out` (equal shapes, any strides), converting to `out`'s type.
 ///
-/// Floats round to nearest even, to integers towards zero and saturating; equal types are copied bit for bit.
+/// Floats round to nearest even, to integers towards zero and saturating; equal types are copied bit for bit. Between F32
+/// and a block format both lie row after row: blocks are decoded, or numbers rounded to the nearest codes.
 ///
 /// # Errors
 /// Unequal shapes, an output that writes an element many times, views out of bounds or overlapping.
@@ -74,6 +76,9 @@ pub fn copy(ctx: &Context, mem: &mut Memory, out: &View, src: &View) -> Result<(
     if out.layout.shape != src.layout.shape {
         let what = format!("out {:?}, src {:?}", out.layout.shape, src.layout.shape);
         return Err(shape_error("copy", what));
+    }
+    if out.dtype.is_block() || src.dtype.is_block() {
+        return blocks::copy(ctx, mem, out, src);
     }
     check_writable("copy", out)?;
     let ([out_ptr], [src_ptr]) = mem.resolve([out], [src], true)?;

@@ -4,10 +4,14 @@
 //! prefetcher at its end: on the machine of `benches/weight.rs` 92 MB are read at 26 GB/s from small pages and at 40 GB/s
 //! from pages of 2 MiB, of which the last-level cache also keeps more. So weights share a few regions that ask the
 //! system for large pages; where it has none they are ordinary memory. A cache, of which most may never be used, asks for
-//! small ones instead: it takes memory page by page as it fills.
+//! small ones instead: it takes memory page by page as it fills. An optimiser's states, which a step passes through once, may
+//! lie in a file ([`FilePages`]): where memory is short, the system writes their pages out and takes the memory back.
 
 use crate::mem::AlignedBytes;
 use memmap2::MmapMut;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
 use std::sync::Arc;
 
 /// A large page of x86-64 and aarch64 (with small pages of 4 KiB).
@@ -104,6 +108,59 @@ pub fn give_back_freed() {
     }
 }
 
+/// Memory in a file without a name, which goes with the last of its pieces, however the process ends.
+pub struct FilePages {
+    region: Arc<Region>,
+    used: usize,
+}
+
+impl FilePages {
+    /// `bytes` zero bytes in a file in `folder`, all of them allocated there: a disk that is full is found here, not when the
+    /// system wants to write.
+    ///
+    /// # Errors
+    /// If the disk has no room, or there is no such folder.
+    pub fn new(folder: &Path, bytes: usize) -> io::Result<FilePages> {
+        let mut file = tempfile::tempfile_in(folder)?;
+        allocate(&mut file, bytes.max(1) as u64)?;
+        // SAFETY: nobody else can open the file, which has no name, so that nobody changes or cuts it.
+        let map = unsafe { MmapMut::map_mut(&file)? };
+        Ok(FilePages { region: Arc::new(Region { map, start: 0 }), used: 0 })
+    }
+
+    /// Bytes that were handed out.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Bytes of the file that `len` bytes take.
+    pub const fn bytes_for(len: usize) -> usize {
+        len.next_multiple_of(64)
+    }
+
+    /// The next `len` bytes, which are zero; `None` if as many are not left.
+    pub fn zeroed(&mut self, len: usize) -> Option<AlignedBytes> {
+        let offset = self.used;
+        let end = offset.checked_add(FilePages::bytes_for(len))?;
+        if end > self.region.map.len() {
+            return None;
+        }
+        self.used = end;
+        Some(AlignedBytes::from_piece(Piece { region: self.region.clone(), offset }, len))
+    }
+}
+
+/// Makes `file` as long as this, in blocks of the disk that are its own.
+fn allocate(file: &mut File, bytes: u64) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    match rustix::fs::fallocate(&*file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
+        Err(rustix::io::Errno::OPNOTSUPP) => {} // not every file system can: then zeros are written
+        done => return Ok(done?),
+    }
+    io::copy(&mut io::repeat(0).take(bytes), file)?;
+    file.flush()
+}
+
 /// Some bytes of a region, which no other piece has.
 pub(crate) struct Piece {
     /// Its own slices are never taken, so writing through [`Piece::ptr`] aliases nothing.
@@ -129,6 +186,10 @@ mod tests {
             [1, 64, 100, 0, 5 << 20, 60 << 20, 3].into_iter().map(|n| pages.zeroed(n)).collect();
         drop(pages);
         pieces.extend([1, 5000].map(|n| sparse(n).unwrap()));
+        let mut file = FilePages::new(&std::env::temp_dir(), 64 + 5056 + 64).unwrap();
+        pieces.extend([1, 5000, 64].map(|n| file.zeroed(n).unwrap()));
+        assert!(file.zeroed(1).is_none() && file.used() == 5184);
+        drop(file);
         for (i, p) in pieces.iter_mut().enumerate() {
             assert!(p.bytes().iter().all(|&b| b == 0), "piece {i} is not zero");
             assert!(p.bytes().as_ptr().addr().is_multiple_of(64));
@@ -138,5 +199,23 @@ mod tests {
             assert!(p.bytes().iter().all(|&b| b == i as u8 + 1), "piece {i} overlaps another");
             assert_eq!(p.clone().bytes(), p.bytes());
         }
+    }
+
+    /// The disk has given what the file needs, before anything is written; what it has not is an error at once.
+    #[test]
+    fn a_file_is_allocated_or_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = tempfile::tempfile_in(&folder).unwrap();
+        allocate(&mut file, 1 << 20).unwrap();
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let meta = file.metadata().unwrap();
+            assert!(meta.len() == 1 << 20 && meta.blocks() * 512 >= 1 << 20, "{} blocks", meta.blocks());
+        }
+        #[cfg(target_os = "linux")] // elsewhere zeros would be written until the disk is full
+        assert!(FilePages::new(folder.path(), 1 << 60).is_err());
+        assert!(FilePages::new(&folder.path().join("none"), 1).is_err());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
     }
 }

@@ -84,7 +84,7 @@ impl Weight {
         if dtype == DType::NF4 {
             return nf4::pack(zeroed, rows, cols, bytes);
         }
-        if !codec::can_decode(dtype) {
+        if dtype.is_state() || !codec::can_decode(dtype) {
             return refuse(format!("{dtype} holds no weights; pass a float or block type"));
         }
         let Some(row_bytes) = dtype.bytes_for(cols) else {

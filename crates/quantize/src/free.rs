@@ -23,7 +23,7 @@ const fn places(dtype: DType) -> Option<(usize, Option<usize>)> {
         Q2_K => Some((80, Some(82))),
         Q3_K => Some((108, None)),
         Q6_K => Some((208, None)),
-        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 => None,
+        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 | DYN8S | DYN8U => None,
     }
 }
 

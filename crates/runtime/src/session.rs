@@ -8,8 +8,9 @@ use crate::{Alone, Device, Error, Group, Weights};
 use sparsam_dtype::{DType, bf16, f16};
 use sparsam_kernels::attention::{self, Packed, Paged, Saved};
 use sparsam_kernels::weight::{self, Weight};
-use sparsam_kernels::{Context, Memory, View, matmul, movement};
+use sparsam_kernels::{Context, FilePages, Memory, View, matmul, movement};
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -31,6 +32,12 @@ struct State {
     dtype: DType,
 }
 
+/// A file, and the names of the states that lie in it.
+struct InFile {
+    file: FilePages,
+    which: fn(&str) -> bool,
+}
+
 /// Memory on a device for the programs loaded into it, which share one arena, and the states that live on between
 /// their runs. Programs of one session run one after the other; an output lasts until the next run.
 pub struct Session {
@@ -41,6 +48,7 @@ pub struct Session {
     pub(crate) arena: usize,
     pub(crate) inputs: usize,
     states: HashMap<String, State>,
+    paged: Option<InFile>,
     /// Slabs of weights that are read as plain numbers.
     plain: HashMap<String, usize>,
     profile: Option<Profile>,
@@ -63,6 +71,7 @@ impl Session {
             arena,
             inputs,
             states: HashMap::new(),
+            paged: None,
             plain: HashMap::new(),
             profile: None,
             group: Arc::new(Alone),
@@ -80,6 +89,22 @@ impl Session {
     /// The processes that run together; [`Alone`] until [`Session::set_group`] says otherwise.
     pub fn group(&self) -> &Arc<dyn Group> {
         &self.group
+    }
+
+    /// Puts the states with these names that programs loaded from now on define into a file in `folder`, `bytes` of
+    /// them ([`FilePages::bytes_for`] each); what has no room there lies in memory. The file has no name, and goes with the
+    /// session.
+    ///
+    /// # Errors
+    /// If the disk has no room, or there is no such folder.
+    pub fn page(&mut self, folder: &Path, bytes: usize, which: fn(&str) -> bool) -> std::io::Result<()> {
+        self.paged = Some(InFile { file: FilePages::new(folder, bytes)?, which });
+        Ok(())
+    }
+
+    /// Bytes of states that lie in a file.
+    pub fn paged_bytes(&self) -> usize {
+        self.paged.as_ref().map_or(0, |paged| paged.file.used())
     }
 
     /// The device that it runs on.
@@ -128,7 +153,13 @@ impl Session {
             });
         }
         let bytes = dtype.bytes_for(shape.iter().product()).unwrap_or(0);
-        let slab = if scattered { self.mem.add_sparse(bytes) } else { self.mem.add_owned(bytes) };
+        let paged = self.paged.as_mut().filter(|paged| (paged.which)(name));
+        let paged = paged.and_then(|paged| paged.file.zeroed(bytes));
+        let slab = match paged {
+            Some(paged) => self.mem.add_bytes(paged),
+            None if scattered => self.mem.add_sparse(bytes),
+            None => self.mem.add_owned(bytes),
+        };
         self.states.insert(name.to_string(), State { slab, shape: shape.to_vec(), dtype });
         Ok(slab)
     }

@@ -66,7 +66,7 @@ pub struct Format {
 }
 
 /// The format of a block type; `None` for plain numbers, for the types of activations (`Q8_1`, `Q8_K`)
-/// and for `NF4`, whose blocks share scales.
+/// for `NF4`, whose blocks share scales, and for the types of optimiser states.
 pub const fn format(dtype: DType) -> Option<Format> {
     use DType::*;
     const fn whole(lo: i32, hi: i32, group: usize, block: usize, has_min: bool) -> Option<Format> {
@@ -88,7 +88,7 @@ pub const fn format(dtype: DType) -> Option<Format> {
         S2_64 => whole(0, 3, 64, 64, true),
         S3_64 => whole(-4, 3, 64, 64, false),
         S4_64 => whole(-8, 7, 64, 64, false),
-        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 => None,
+        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 | DYN8S | DYN8U => None,
     }
 }
 
@@ -204,7 +204,7 @@ pub fn fit(dtype: DType, x: &[f32], importance: &[f32]) -> Scales {
             let f = fit::symmetric::<fit::Table, 8>(x, w, -32);
             Scales::grouped(f.d, 0.0, f.scales, [0; 8])
         }
-        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 => {
+        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 | DYN8S | DYN8U => {
             panic!("{dtype} is no block format of weights")
         }
     }
@@ -279,7 +279,7 @@ pub fn pack(dtype: DType, s: &Scales, codes: &[u8], out: &mut [u8]) {
         S2_64 => own::pack_s2_64(s.d, -s.dmin, own(codes), to(out)),
         S3_64 => own::pack_s3_64(s.d, own(codes), to(out)),
         S4_64 => own::pack_s4_64(s.d, own(codes), to(out)),
-        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 => {
+        F32 | F16 | BF16 | F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | NF4 | DYN8S | DYN8U => {
             panic!("{dtype} is no block format of weights")
         }
     }

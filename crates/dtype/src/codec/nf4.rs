@@ -10,11 +10,11 @@
 //! | bytes | what |
 //! |---|---|
 //! | n / 2 | two codes each, the first in the high half |
-//! | n / 64 | a code of [`dynamic`] for each block |
+//! | n / 64 | a code of [`signed`] for each block |
 //! | 4 ceil(n / 16384) | f32: the second level's scales |
 //! | 4 | f32: the mean |
 
-use std::sync::LazyLock;
+use super::dynamic::{nearest, signed};
 
 /// Weights of a block.
 pub const BLOCK: usize = 64;
@@ -40,28 +40,6 @@ pub const LEVELS: [f32; 16] = [
     0.722_956_84,
     1.0,
 ];
-
-/// What the 8-bit codes of scales stand for, ascending: for each of seven powers of ten down from 1 twice as few numbers
-/// of either sign as for the one above, in the middles of equal parts of its upper nine tenths; 0; and 1.
-pub fn dynamic() -> &'static [f32; 256] {
-    static TABLE: LazyLock<[f32; 256]> = LazyLock::new(|| {
-        let mut all = vec![0.0, 1.0];
-        for i in 0..7 {
-            let (parts, power) = (1 << i, 10f64.powi(i - 6) as f32);
-            let step = (1.0 - 0.1f32) / parts as f32;
-            // From either end to the middle, as PyTorch's linspace.
-            let bound = |k: i32| match k < (parts + 1) / 2 {
-                true => step.mul_add(k as f32, 0.1),
-                false => step.mul_add(-(parts - k) as f32, 1.0),
-            };
-            let middles = (0..parts).map(|k| power * ((bound(k) + bound(k + 1)) / 2.0));
-            all.extend(middles.flat_map(|m| [m, -m]));
-        }
-        all.sort_by(f32::total_cmp);
-        all.try_into().expect("2 and twice 127 numbers")
-    });
-    &TABLE
-}
 
 /// Bytes of a matrix of `n` weights, a whole number of blocks.
 pub(crate) const fn bytes_for(n: usize) -> Option<usize> {
@@ -107,7 +85,7 @@ impl<'a> Parts<'a> {
 
 /// A block's scale from its code, the second level's scale and the mean.
 pub fn scale(code: u8, second: f32, mean: f32) -> f32 {
-    dynamic()[usize::from(code)] * second + mean
+    signed()[usize::from(code)] * second + mean
 }
 
 /// Decodes a whole matrix; lengths are the caller's care.
@@ -157,15 +135,7 @@ pub(super) fn encode(x: &[f32], out: &mut [u8]) {
         *second = m.to_le_bytes();
         for (code, v) in scales.iter_mut().zip(apart) {
             // All the same: the code of 0.
-            *code = if m == 0.0 { 127 } else { nearest(dynamic(), v / m) };
+            *code = if m == 0.0 { 127 } else { nearest(signed(), v / m) };
         }
     }
-}
-
-/// The index of the number of an ascending table that is nearest to `v`, the lower one of two.
-fn nearest<const N: usize>(table: &[f32; N], v: f32) -> u8 {
-    let above = table.partition_point(|&t| t <= v);
-    let below = above.saturating_sub(1);
-    let is_above = above < N && (table[above] - v).abs() < (v - table[below]).abs();
-    (if is_above { above } else { below }) as u8
 }

@@ -77,7 +77,9 @@ fn file_type(dtype: DType) -> Option<u32> {
         IQ4_NL => 25,
         IQ4_XS => 30,
         BF16 => 32,
-        F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | S2_64 | S3_64 | S4_64 | NF4 => return None,
+        F64 | I8 | I16 | I32 | I64 | U8 | Q8_1 | Q8_K | S2_64 | S3_64 | S4_64 | NF4 | DYN8S | DYN8U => {
+            return None;
+        }
     })
 }
 

@@ -44,7 +44,7 @@ pub(super) const fn fields(dtype: DType) -> &'static [Field] {
         S4_64 => &[(0, 2, 2), (2, 32, 4)],
         // What blocks share lies apart: `super::nf4`.
         NF4 => &[(0, 1, 1), (1, 32, 4)],
-        I8 | I16 | I32 | I64 | U8 => &[],
+        I8 | I16 | I32 | I64 | U8 | DYN8S | DYN8U => &[],
     }
 }
 
