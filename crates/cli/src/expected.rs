@@ -24,8 +24,6 @@ const SECONDS: f64 = 5.0;
 const PART: u64 = 20;
 /// How far the rest may be off either way: other work on the machine, clocks that sink as it warms.
 const SPREAD: f64 = 0.25;
-/// Bytes of a parameter in a checkpoint: weight and two moments in f32.
-const CHECKPOINT_BYTES: f64 = 12.0;
 /// Of a forward pass alone, as a share of a step.
 const FORWARD: f64 = 1.0 / 3.0;
 
@@ -34,6 +32,9 @@ pub struct Expected {
     what: &'static str,
     /// Weights that are trained.
     trained: f64,
+    /// What the optimiser keeps for them, and what of that lies in a file.
+    moments_bytes: f64,
+    paged_bytes: f64,
     /// Weights that stay as they are.
     frozen_bytes: f64,
     /// What the compiler planned: weights, moments, gradients, activations.
@@ -55,11 +56,14 @@ impl Expected {
         let learner = run.learner();
         let planned_bytes = learner.bytes() as f64;
         let trained: usize = learner.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum();
+        let (moments_bytes, paged_bytes) = (learner.moments_bytes() as f64, learner.paged_bytes() as f64);
         let frozen_bytes = learner.session().weights().bytes() as f64;
         let (s, r) = (run.settings(), run.receipt());
         Expected {
             what,
             trained: trained as f64,
+            moments_bytes,
+            paged_bytes,
             frozen_bytes,
             planned_bytes,
             steps: s.steps,
@@ -95,13 +99,19 @@ impl Expected {
     fn in_all(&self, rest: f64, ledger: &Ledger) -> Forecast {
         let seconds = Interval::around(rest, SPREAD).after(ledger.elapsed());
         // Token files of four bytes at most; the model, saved twice in f32 at most; metrics and report.
-        let disk = (self.checkpoints * CHECKPOINT_BYTES + 8.0) * self.trained + 4.0 * self.text_tokens + 4e6;
+        let checkpoint = 4.0 * self.trained + self.moments_bytes;
+        let disk = self.checkpoints * checkpoint
+            + 8.0 * self.trained
+            + 4.0 * self.text_tokens
+            + self.paged_bytes
+            + 4e6;
         Forecast::timed(self.what, seconds, self.memory(), disk, ledger.machine())
     }
 
     /// As the compiler planned it; what the process has taken beside is there already, and counts as temporary.
     fn memory(&self) -> Memory {
-        let (weights, optimiser) = (self.frozen_bytes + 4.0 * self.trained, 8.0 * self.trained);
+        let (weights, optimiser) =
+            (self.frozen_bytes + 4.0 * self.trained, (self.moments_bytes - self.paged_bytes).max(0.0));
         let beside = probe::peak_memory().unwrap_or(0.0) - self.planned_bytes;
         Memory {
             weights,

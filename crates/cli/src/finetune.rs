@@ -132,6 +132,9 @@ struct Flags {
     /// Micro-batches in a step [default: 1]
     #[arg(long)]
     accumulate: Option<usize>,
+    /// What changes the weights under training [default: adamw]
+    #[arg(long, alias = "optimiser")]
+    optimizer: Option<train::OptimizerName>,
     /// Highest learning rate [default: from the model's width]
     #[arg(long)]
     lr: Option<f64>,
@@ -248,6 +251,7 @@ impl Flags {
         put(self.steps, &mut r.steps);
         put(self.batch, &mut r.batch);
         put(self.accumulate, &mut r.accumulate);
+        train::OptimizerName::apply(self.optimizer, o);
         put(self.lr, &mut o.lr);
         put(self.warmup, &mut o.warmup);
         put(self.weight_decay, &mut o.weight_decay);
@@ -327,7 +331,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 /// The data, one example of it, and what was chosen and derived: on stderr; what `--xray` asks for on stdout.
 fn announce(run: &mut Run, xray: bool) -> anyhow::Result<()> {
-    let bytes = run.learner().bytes();
+    let (bytes, paged) = (run.learner().bytes(), run.learner().paged_bytes());
     let s = run.settings().clone();
     let Some(f) = run.finetuned() else {
         bail!("{} is no fine-tuning; go on with sparsam train", run.folder().display())
@@ -361,13 +365,14 @@ fn announce(run: &mut Run, xray: bool) -> anyhow::Result<()> {
         );
     }
     eprintln!(
-        "{} steps of {} x {} x {} tokens, learning rate {}, {} of memory",
+        "{} steps of {} x {} x {} tokens, learning rate {}, {} of memory{}",
         s.steps,
         s.accumulate,
         s.batch,
         s.ctx,
         s.schedule.lr,
-        text::bytes(bytes)
+        text::bytes(bytes),
+        train::in_file(paged)
     );
     Ok(())
 }

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use serde_json::json;
 use sparsam_plan::units;
 use sparsam_runtime::{Alone, Group};
-use sparsam_train::config::{Arch, Compute, Config, OptimiserKind, SaveAs};
+use sparsam_train::config::{Arch, Compute, Config, OptimiserConfig, OptimiserKind, SaveAs};
 use sparsam_train::metrics::StepRecord;
 use sparsam_train::schedule::Form;
 use sparsam_train::{Event, Run};
@@ -212,12 +212,43 @@ impl From<ComputeName> for Compute {
     }
 }
 
+/// `--optimizer`.
 #[derive(Clone, Copy, ValueEnum)]
-enum OptimizerName {
+pub enum OptimizerName {
     /// Adam with decoupled weight decay
     Adamw,
+    /// The same with moments in blocks of 8 bits: 2 bytes for each weight instead of 8, those of embeddings and small ones
+    /// aside
+    #[value(name = "adamw8bit", alias = "adamw_8bit", alias = "adamw-8bit")]
+    Adamw8bit,
+    /// AdamW whose moments lie in a file in the run's folder: where memory is short, the system keeps them there
+    #[value(alias = "paged_adamw", alias = "paged_adamw_32bit", alias = "paged-adamw-32bit")]
+    PagedAdamw,
+    /// The same in 8 bits
+    #[value(
+        name = "paged-adamw8bit",
+        alias = "paged_adamw8bit",
+        alias = "paged_adamw_8bit",
+        alias = "paged-adamw-8bit"
+    )]
+    PagedAdamw8bit,
     /// Orthogonal updates of the matrices between layers, AdamW for the rest
     Muon,
+}
+
+impl OptimizerName {
+    /// Puts what is given in the place of what `o` says.
+    pub fn apply(given: Option<OptimizerName>, o: &mut OptimiserConfig) {
+        let Some(name) = given else { return };
+        let (kind, paged) = match name {
+            OptimizerName::Adamw => (OptimiserKind::Adamw, false),
+            OptimizerName::Adamw8bit => (OptimiserKind::Adamw8bit, false),
+            OptimizerName::PagedAdamw => (OptimiserKind::Adamw, true),
+            OptimizerName::PagedAdamw8bit => (OptimiserKind::Adamw8bit, true),
+            OptimizerName::Muon => (OptimiserKind::Muon, false),
+        };
+        (o.kind, o.paged) = (Some(kind), Some(paged));
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -276,11 +307,7 @@ impl Flags {
         }
         put(self.batch, &mut r.batch);
         put(self.accumulate, &mut r.accumulate);
-        let kind = self.optimizer.map(|o| match o {
-            OptimizerName::Adamw => OptimiserKind::Adamw,
-            OptimizerName::Muon => OptimiserKind::Muon,
-        });
-        put(kind, &mut o.kind);
+        OptimizerName::apply(self.optimizer, o);
         put(self.lr, &mut o.lr);
         put(self.min_lr, &mut o.min_lr);
         let form = self.schedule.map(|s| match s {
@@ -457,7 +484,7 @@ pub(crate) fn go(
 /// What was chosen and derived, on stderr.
 fn announce(run: &mut Run) {
     let (r, s) = (run.receipt().clone(), run.settings().clone());
-    let bytes = run.learner().bytes();
+    let (bytes, paged) = (run.learner().bytes(), run.learner().paged_bytes());
     eprintln!(
         "{} parameters, vocabulary {}, {} tokens to learn from, {} held back",
         units::show_count(r.parameters as f64),
@@ -466,7 +493,7 @@ fn announce(run: &mut Run) {
         units::show_count(r.held_back_tokens as f64)
     );
     eprintln!(
-        "{} steps of {}{} x {} x {} tokens ({:.1} epochs) {}, learning rate {}, {} of memory",
+        "{} steps of {}{} x {} x {} tokens ({:.1} epochs) {}, learning rate {}, {} of memory{}",
         s.steps,
         if s.processes > 1 { format!("{} processes x ", s.processes) } else { String::new() },
         s.accumulate,
@@ -475,8 +502,14 @@ fn announce(run: &mut Run) {
         s.steps as f64 * s.tokens_per_step() as f64 / r.train_tokens.max(1) as f64,
         if s.compute == Compute::Bf16 { "in bf16" } else { "in f32" },
         s.schedule.lr,
-        text::bytes(bytes)
+        text::bytes(bytes),
+        in_file(paged)
     );
+}
+
+/// What is said of moments that lie in a file.
+pub(crate) fn in_file(paged: usize) -> String {
+    if paged == 0 { String::new() } else { format!(", {} of moments in a file", text::bytes(paged)) }
 }
 
 /// Set by the first Ctrl-C; the second ends the process.

@@ -1,10 +1,11 @@
 //! Checkpoints: all that a run needs to go on bit for bit, in one file that appears whole or not at all.
 //!
-//! A safetensors file with the weights under their names and the optimiser's moments (all F32), and in its metadata how
-//! far the run is. Order of the data and everything random follow from the seed and that.
+//! A safetensors file with the weights under their names (F32) and the optimiser's moments (F32; the bytes of their blocks,
+//! where they are rounded to 8 bits), and in its metadata how far the run is. Order of the data and everything random follow from the seed and that.
 
 use crate::Error;
 use crate::learner::Learner;
+use crate::optim::Kept;
 use serde::{Deserialize, Serialize};
 use sparsam_formats::TensorSpec;
 use sparsam_formats::safetensors::{File, Writer};
@@ -100,22 +101,26 @@ impl From<Stored> for Progress {
 pub fn save(folder: &Path, learner: &Learner, progress: &Progress, keep: usize) -> Result<PathBuf, Error> {
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     let path = folder.join(format!("{PREFIX}{:08}{SUFFIX}", progress.step));
-    let specs: Vec<TensorSpec> = learner
-        .kept()
-        .into_iter()
-        .map(|(name, shape)| TensorSpec { name, shape, dtype: DType::F32 })
-        .collect();
+    let specs: Vec<TensorSpec> = learner.kept().into_iter().map(stored_as).collect();
     let stored = serde_json::to_string(&Stored::from(progress)).expect("numbers alone");
     let metadata = [("format".to_string(), FORMAT.to_string()), ("progress".to_string(), stored)];
     let mut writer = Writer::create(&path, &metadata, &specs)?;
     for spec in &specs {
-        writer.append(&spec.name, bytemuck::cast_slice(learner.state(&spec.name)?))?;
+        writer.append(&spec.name, learner.state_bytes(&spec.name)?)?;
     }
     writer.finish()?;
     for old in list(folder)?.into_iter().rev().skip(keep + 1) {
         std::fs::remove_file(&old).map_err(Error::io("delete", &old))?;
     }
     Ok(path)
+}
+
+/// How a state lies in the file, which knows no blocks of states.
+fn stored_as(kept: Kept) -> TensorSpec {
+    match kept.dtype.is_block() {
+        true => TensorSpec { shape: vec![kept.bytes()], name: kept.name, dtype: DType::U8 },
+        false => TensorSpec { name: kept.name, shape: kept.shape, dtype: kept.dtype },
+    }
 }
 
 /// The checkpoints in `folder`, oldest first.
@@ -155,18 +160,18 @@ pub fn load(path: &Path, learner: &mut Learner) -> Result<Progress, Error> {
     }
     let stored: Stored = serde_json::from_str(meta("progress").unwrap_or_default())
         .map_err(|e| bad(format!("its progress cannot be read: {e}")))?;
-    let kept = learner.kept();
+    let kept: Vec<TensorSpec> = learner.kept().into_iter().map(stored_as).collect();
     let foreign =
         |name: &str| bad(format!("{name} is missing or has another shape; it belongs to another model"));
-    for (name, shape) in &kept {
+    for TensorSpec { name, shape, dtype } in &kept {
         match file.tensor(name) {
-            Some(t) if t.info.shape == *shape && t.info.dtype == DType::F32 => {
+            Some(t) if t.info.shape == *shape && t.info.dtype == *dtype => {
                 learner.session().set_state(name, t.bytes)?;
             }
             _ => return Err(foreign(name)),
         }
     }
-    if let Some(extra) = file.tensors().iter().find(|t| !kept.iter().any(|(name, _)| *name == t.name)) {
+    if let Some(extra) = file.tensors().iter().find(|t| !kept.iter().any(|k| k.name == t.name)) {
         return Err(foreign(&extra.name));
     }
     Ok(stored.into())

@@ -95,6 +95,9 @@ pub enum OptimiserKind {
     /// Adam with decoupled decay.
     #[default]
     Adamw,
+    /// The same with moments in blocks of 8 bits, where they are large and no embedding's.
+    #[serde(alias = "adamw_8bit", alias = "adamw-8bit")]
+    Adamw8bit,
     /// Muon for the matrices between layers, AdamW for the rest; both at the same rate.
     Muon,
 }
@@ -105,6 +108,8 @@ pub enum OptimiserKind {
 pub struct OptimiserConfig {
     /// Which one.
     pub kind: Option<OptimiserKind>,
+    /// Moments lie in a file in the run's folder, from which the system reads what it has no memory for.
+    pub paged: Option<bool>,
     /// The highest learning rate.
     pub lr: Option<f64>,
     /// The lowest, at the end.
@@ -413,13 +418,13 @@ impl Config {
             )?,
         };
         let muon = match o.kind.get_or_insert_default() {
-            OptimiserKind::Adamw if o.momentum.is_some() => {
+            OptimiserKind::Adamw | OptimiserKind::Adamw8bit if o.momentum.is_some() => {
                 return Err(Error::config(
                     "optimiser.momentum",
                     "belongs to kind = \"muon\"; AdamW has betas",
                 ));
             }
-            OptimiserKind::Adamw => None,
+            OptimiserKind::Adamw | OptimiserKind::Adamw8bit => None,
             OptimiserKind::Muon => {
                 let d = Muon::default();
                 let momentum = *o.momentum.get_or_insert(d.momentum);
@@ -431,7 +436,10 @@ impl Config {
             Some(f) => number("finetune.ratio_b", *f.ratio_b.get_or_insert(1.0), 1e-3, 1e3)?,
             None => 1.0,
         };
-        let optimiser = Optimiser { adamw, muon, clip: (clip > 0.0).then_some(clip), ratio_b };
+        let eight_bits = o.kind == Some(OptimiserKind::Adamw8bit);
+        let clip = (clip > 0.0).then_some(clip);
+        let paged = *o.paged.get_or_insert(false);
+        let optimiser = Optimiser { adamw, eight_bits, paged, muon, clip, ratio_b };
         number("data.held_back_part", *self.data.held_back_part.get_or_insert(0.05), 0.0, 0.9)?;
         let usd_per_hour = r.usd_per_hour.map(|p| number("run.usd_per_hour", p, 0.0, 1e9)).transpose()?;
         let eager = *r.eager.get_or_insert(false);
@@ -520,6 +528,8 @@ mod tests {
         assert!(said("[modell]\nsize = 1").contains("did you mean `model`?"));
         assert!(said("[run]\nsteps = \"many\"").contains("run.toml:2"));
         assert!(said("[optimiser]\nschedule = \"cosin\"").contains("did you mean `cosine`?"));
+        assert!(said("[optimiser]\nkind = \"adam8bit\"").contains("did you mean `adamw8bit`?"));
+        assert!(said("[optimiser]\nkind = \"adamw8bit\"\nmomentum = 0.9").contains("AdamW has betas"));
         assert!(said("[optimiser]\nbeta2 = 1.5").contains("optimiser.beta2: is 1.5"));
         assert!(
             said("[run]\nsteps = 10\n[optimiser]\nwarmup = 20")

@@ -2,14 +2,14 @@
 
 use crate::Error;
 use crate::data::PackedRows;
-use crate::optim::{Optimiser, RATES};
+use crate::optim::{Kept, Optimiser, RATES, is_moment};
 use crate::random::Random;
 use crate::step::{self, GRAD_NORM, LOSS, NO_TARGET, Soft, Targets};
 use sparsam_dtype::codec;
 use sparsam_engine::{Plan, Saver};
 use sparsam_formats::{Kind, Source, gguf};
 use sparsam_ir::{DType, Graph, Op, Trace};
-use sparsam_kernels::give_back_freed;
+use sparsam_kernels::{FilePages, give_back_freed};
 use sparsam_models::adapter::DROPOUT_SEED;
 use sparsam_models::nn::{Batch, Cache};
 use sparsam_models::{Model, Parameter};
@@ -139,6 +139,20 @@ impl Learner {
     /// # Errors
     /// As [`Learner::new`]; if `base` lacks a weight.
     pub fn over(model: &Model, how: How, device: &Device, base: Base) -> Result<Learner, Error> {
+        Learner::over_in(model, how, device, base, &std::env::temp_dir())
+    }
+
+    /// As [`Learner::over`]; moments that are paged lie in a file in `folder`, which has no name and goes with the learner.
+    ///
+    /// # Errors
+    /// As [`Learner::over`]; if the disk has no room for them.
+    pub fn over_in(
+        model: &Model,
+        how: How,
+        device: &Device,
+        base: Base,
+        folder: &Path,
+    ) -> Result<Learner, Error> {
         let facts = model.facts();
         if facts.architecture == "gpt2" && how.ctx > facts.context_length {
             return Err(Error::config(
@@ -155,6 +169,9 @@ impl Learner {
             weights.insert_f32(&c.name, &c.shape, &c.data)?;
         }
         let mut session = Session::new(device, Arc::new(weights));
+        if how.optimiser.paged {
+            page(&mut session, folder, &how.optimiser, &parameters)?;
+        }
         let graphs = Graphs::new(model, &how, &parameters, &leaves)?;
         let programs = Programs::load(&mut session, &graphs, &how)?;
         let model = model.clone();
@@ -199,9 +216,15 @@ impl Learner {
         self.session.set_group(group);
     }
 
-    /// Bytes that weights, moments, gradients and activations take together.
+    /// Bytes that weights, moments, gradients and activations take together, without those that lie in a file.
     pub fn bytes(&self) -> usize {
-        self.session.arena_bytes() + self.session.states_bytes() + self.session.weights().bytes()
+        let states = self.session.states_bytes().saturating_sub(self.session.paged_bytes());
+        self.session.arena_bytes() + states + self.session.weights().bytes()
+    }
+
+    /// Bytes of moments that lie in a file.
+    pub fn paged_bytes(&self) -> usize {
+        self.session.paged_bytes()
     }
 
     /// The graphs that its programs are made from.
@@ -234,17 +257,33 @@ impl Learner {
         Ok(())
     }
 
-    /// The names and shapes of what a checkpoint holds: weights and moments.
-    pub fn kept(&self) -> Vec<(String, Vec<usize>)> {
+    /// What a checkpoint holds: weights and moments.
+    pub fn kept(&self) -> Vec<Kept> {
         let mut kept = Vec::new();
         for p in &self.parameters {
-            let moments = self.how.optimiser.moments(&p.name, p.shape.len());
-            kept.extend([p.name.clone()].into_iter().chain(moments).map(|name| (name, p.shape.clone())));
+            kept.push(Kept { name: p.name.clone(), shape: p.shape.clone(), dtype: DType::F32 });
+            kept.extend(self.how.optimiser.moments(&p.name, &p.shape));
         }
         kept
     }
 
-    /// The numbers of a weight or moment as they are now.
+    /// Bytes of the optimiser's moments.
+    pub fn moments_bytes(&self) -> usize {
+        let of = |p: &Parameter| {
+            self.how.optimiser.moments(&p.name, &p.shape).iter().map(Kept::bytes).sum::<usize>()
+        };
+        self.parameters.iter().map(of).sum()
+    }
+
+    /// The bytes of a weight or moment as they are now.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn state_bytes(&self, name: &str) -> Result<&[u8], Error> {
+        Ok(self.session.state_bytes(name)?)
+    }
+
+    /// The numbers of a weight or moment in F32 as they are now.
     ///
     /// # Errors
     /// If there is none of that name.
@@ -252,7 +291,7 @@ impl Learner {
         Ok(bytemuck::cast_slice(self.session.state_bytes(name)?))
     }
 
-    /// Replaces a weight or moment.
+    /// Replaces a weight or moment in F32.
     ///
     /// # Errors
     /// If there is none of that name, or it has another number of elements.
@@ -640,21 +679,29 @@ impl Graphs {
     }
 
     /// Bytes that are kept from step to step: weights, moments, sums of gradients, the cache of samples. The second: of
-    /// these, what `graph` has no part in.
+    /// these, what `graph` has no part in. What lies in a file does not count.
     fn kept(&self, graph: &Graph, how: &How) -> (usize, usize) {
         let parts = [&self.accumulate, &self.apply].into_iter().filter(|_| self.whole.is_none()); // as the last
         let samples = Some(&self.decode).filter(|_| how.samples);
         let run = self.whole.iter().chain(parts).chain([&self.evaluate]).chain(samples);
-        let all: HashMap<&str, usize> = run.flat_map(states).collect();
+        let resident = |(name, _): &(&str, usize)| !(how.optimiser.paged && is_moment(name));
+        let all: HashMap<&str, usize> = run.flat_map(states).filter(resident).collect();
         let own: HashMap<&str, usize> = states(graph).collect();
         let others = all.iter().filter(|(name, _)| !own.contains_key(*name)).map(|(_, bytes)| bytes).sum();
         (all.values().sum(), others)
     }
 
-    /// The options for one of the graphs: what only the others keep is taken off the budget of memory.
+    /// Bytes of what `graph` keeps in a file.
+    fn paged(graph: &Graph, how: &How) -> usize {
+        let in_file = |(name, _): &(&str, usize)| how.optimiser.paged && is_moment(name);
+        states(graph).filter(in_file).map(|(_, bytes)| bytes).sum()
+    }
+
+    /// The options for one of the graphs: what only the others keep is taken off the budget of memory, what lies in a file
+    /// is put onto it.
     fn within(&self, graph: &Graph, how: &How) -> Options {
         let (_, others) = self.kept(graph, how);
-        let memory = how.options.memory.map(|m| m.saturating_sub(others));
+        let memory = how.options.memory.map(|m| m.saturating_sub(others) + Graphs::paged(graph, how));
         Options { memory, ..how.options.clone() }
     }
 
@@ -662,11 +709,32 @@ impl Graphs {
         session.load(graph, &self.within(graph, how)).map_err(|e| match (e, how.options.memory) {
             (sparsam_runtime::Error::Compile(CompileError::Memory { least, .. }), Some(budget)) => {
                 let (kept, others) = self.kept(graph, how);
-                refused(budget, least + others, kept, how)
+                refused(budget, (least + others).saturating_sub(Graphs::paged(graph, how)), kept, how)
             }
             (other, _) => other.into(),
         })
     }
+}
+
+/// Puts the moments into a file in `folder`, or where that is to be.
+fn page(
+    session: &mut Session,
+    folder: &Path,
+    optimiser: &Optimiser,
+    parameters: &[Parameter],
+) -> Result<(), Error> {
+    let moments = parameters.iter().flat_map(|p| optimiser.moments(&p.name, &p.shape));
+    let bytes = moments.map(|m| FilePages::bytes_for(m.bytes())).sum();
+    let folder = folder.ancestors().find(|f| f.is_dir()).unwrap_or(Path::new("."));
+    session.page(folder, bytes, is_moment).map_err(|e| {
+        let problem = format!(
+            "a file of {} cannot be allocated in {}: {e}; free as much there, name a folder on another disk, or keep the \
+             moments in memory",
+            show_bytes(bytes as f64),
+            folder.display()
+        );
+        Error::config("optimiser.paged", problem)
+    })
 }
 
 /// Names and bytes of what a graph keeps from run to run.
@@ -700,6 +768,19 @@ fn refused(budget: usize, least: usize, kept: usize, how: &How) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What no disk has room for is refused before anything else is done, with what and where.
+    #[cfg(target_os = "linux")] // elsewhere zeros would be written until the disk is full
+    #[test]
+    fn a_file_without_room_is_one_clear_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut session = Session::new(&Device::cpu(1).unwrap(), Arc::new(Weights::new()));
+        let huge = Parameter { name: "w.weight".into(), shape: vec![1 << 28, 1 << 28] };
+        let to_be = folder.path().join("runs/first");
+        let e = page(&mut session, &to_be, &Optimiser::default(), &[huge]).unwrap_err().to_string();
+        assert!(e.contains("optimiser.paged: a file of") && e.contains("cannot be allocated in"), "{e}");
+        assert!(e.contains(&folder.path().display().to_string()) && !to_be.exists(), "{e}");
+    }
 
     #[test]
     fn draws_follow_the_probabilities() {

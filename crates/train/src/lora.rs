@@ -448,7 +448,7 @@ fn adapt(
 /// The weights that stay, the linear layers (or all matrices, if it is a plain type) in `base_type`.
 fn base_weights(opened: &Opened, layers: &[LinearLayer], base_type: Option<&str>) -> Result<Weights, Error> {
     let Some(name) = base_type else { return Ok(opened.weights()?) };
-    let Some(wanted) = DType::from_name(name) else {
+    let Some(wanted) = DType::from_name(name).filter(|d| !d.is_state()) else {
         return Err(Error::config("finetune.base_type", format!("{name} is no type of weights")));
     };
     let linear: BTreeSet<String> = layers.iter().map(|l| format!("{}.weight", l.module)).collect();

@@ -251,7 +251,7 @@ impl Run {
                 ..Options::default()
             },
         };
-        let learner = Learner::over(&p.model, how, &device, p.base)?;
+        let learner = Learner::over_in(&p.model, how, &device, p.base, folder)?;
         // A token sees half of its row on average; the gradient takes twice what the loss takes.
         let method = p.finetuned.as_ref().map(|f| f.method);
         let flop_per_token = lora::passes(method) * p.model.flops_per_token(settings.ctx.div_ceil(2))?;

@@ -9,6 +9,7 @@ use crate::Error;
 use crate::data::PackedRows;
 use crate::learner::{Fed, Learner};
 use crate::optim::RATES;
+use sparsam_dtype::codec;
 use sparsam_formats::{AtomicFile, TensorSpec, safetensors};
 use sparsam_ir::interpret::{Leaves, Rounding, Value, interpret};
 use sparsam_ir::{AdamW, DType, Graph, Muon, Node, NodeId, Op, Precision};
@@ -91,8 +92,12 @@ impl Frozen {
         for (name, ..) in step.outputs() {
             values.insert(name.to_string(), out.to_f32(name)?);
         }
+        let dtypes: HashMap<String, DType> =
+            session.states().map(|(name, _, dtype)| (name.to_string(), dtype)).collect();
         for name in written(graph) {
-            values.insert(name.clone(), bytemuck::cast_slice(session.state_bytes(&name)?).to_vec());
+            let bytes = session.state_bytes(&name)?;
+            let dtype = dtypes.get(&name).copied().unwrap_or(DType::F32);
+            values.insert(name, numbers(dtype, bytes));
         }
         Ok(values)
     }
@@ -104,13 +109,24 @@ impl Frozen {
     pub fn interpret(&self, graph: &Graph) -> Result<Values, Error> {
         let value = |(shape, dtype, bytes): &(Vec<usize>, DType, Vec<u8>)| match dtype {
             DType::I32 => Value::from_i32(shape, bytemuck::cast_slice(bytes)),
-            _ => Value::from_f32(shape, bytemuck::cast_slice(bytes)),
+            _ => Value::from_f32(shape, &numbers(*dtype, bytes)),
         };
         let mut leaves: Leaves = self.leaves.iter().map(|(name, leaf)| (name.clone(), value(leaf))).collect();
         let out = interpret(graph, &mut leaves, Rounding::None)?;
         let states = written(graph).into_iter().filter_map(|name| leaves.remove(&name).map(|v| (name, v)));
-        let all = out.into_iter().chain(states);
-        Ok(all.map(|(name, v)| (name, v.data.into_iter().map(|x| x as f32).collect())).collect())
+        let floats = |v: Value| v.data.into_iter().map(|x| x as f32).collect::<Vec<f32>>();
+        // What a state in blocks holds of its new value.
+        let kept = |(name, v): (String, Value)| {
+            let dtype = self.leaves.get(&name).map_or(DType::F32, |leaf| leaf.1);
+            let mut bytes =
+                vec![0; if dtype.is_block() { dtype.bytes_for(v.data.len()).unwrap_or(0) } else { 0 }];
+            let x = floats(v);
+            match dtype.is_block() && codec::encode(dtype, &x, &mut bytes).is_ok() {
+                true => (name, numbers(dtype, &bytes)),
+                false => (name, x),
+            }
+        };
+        Ok(out.into_iter().map(|(name, v)| (name, floats(v))).chain(states.map(kept)).collect())
     }
 
     /// The same with more leaves.
@@ -128,6 +144,16 @@ impl Frozen {
             self.run(graph, &Options { precision, ..Options::eager() })
         }
     }
+}
+
+/// The numbers of a leaf in F32 or in blocks.
+fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    if !dtype.is_block() {
+        return bytemuck::cast_slice(bytes).to_vec();
+    }
+    let mut x = vec![0.0; bytes.len() / dtype.block_bytes() * dtype.block_len()];
+    codec::decode(dtype, bytes, &mut x).expect("a state's bytes are whole blocks");
+    x
 }
 
 /// Names of the states that a graph writes.
@@ -430,7 +456,11 @@ impl Small {
         let specs: Vec<TensorSpec> = self
             .inputs
             .iter()
-            .map(|l| TensorSpec { name: l.name.clone(), shape: l.shape.clone(), dtype: l.dtype })
+            .map(|l| match l.dtype.is_block() {
+                // The file knows no blocks of states: as they lie.
+                true => TensorSpec { name: l.name.clone(), shape: vec![l.bytes.len()], dtype: DType::U8 },
+                false => TensorSpec { name: l.name.clone(), shape: l.shape.clone(), dtype: l.dtype },
+            })
             .collect();
         let mut writer = safetensors::Writer::create(folder.join("reproduction.safetensors"), &[], &specs)?;
         for leaf in &self.inputs {

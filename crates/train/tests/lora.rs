@@ -138,7 +138,7 @@ fn states(run: &mut Run) -> Vec<(String, Vec<u32>)> {
     let names = run.learner().kept();
     let bits =
         |run: &mut Run, name: &str| run.learner().state(name).unwrap().iter().map(|x| x.to_bits()).collect();
-    names.into_iter().map(|(name, _)| (name.clone(), bits(run, &name))).collect()
+    names.into_iter().map(|k| (k.name.clone(), bits(run, &k.name))).collect()
 }
 
 #[test]

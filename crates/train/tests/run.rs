@@ -39,9 +39,11 @@ fn go(run: &mut Run) -> sparsam_train::Finished {
 fn weights(run: &mut Run) -> Vec<(String, Vec<u32>)> {
     let names = run.learner().kept();
     let bits = |run: &mut Run, name: &str| {
-        run.learner().state(name).unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        let (words, rest) = run.learner().state_bytes(name).unwrap().as_chunks();
+        assert!(rest.is_empty());
+        words.iter().map(|b| u32::from_le_bytes(*b)).collect::<Vec<_>>()
     };
-    names.into_iter().map(|(name, _)| (name.clone(), bits(run, &name))).collect()
+    names.into_iter().map(|k| (k.name.clone(), bits(run, &k.name))).collect()
 }
 
 fn losses(folder: &Path) -> Vec<(u64, u64)> {
@@ -248,7 +250,7 @@ fn muon_learns() {
     let mut plain = Run::start(&dir.path().join("plain"), config(dir.path(), &adamw)).unwrap();
     let mut run = Run::start(&dir.path().join("run"), config(dir.path(), &muon)).unwrap();
     let kept = run.learner().kept();
-    let of = |part: &str| kept.iter().filter(|(name, _)| name.starts_with(part)).count();
+    let of = |part: &str| kept.iter().filter(|k| k.name.starts_with(part)).count();
     // Seven matrices in each of two layers; the table and the norms keep both of AdamW's.
     assert_eq!((of("muon.m."), of("adamw.m."), of("adamw.v.")), (14, 6, 6), "{kept:?}");
     // From ln 257 = 5.55, about as fast as AdamW at the same rate.
@@ -258,6 +260,140 @@ fn muon_learns() {
     wrong.optimiser.momentum = Some(0.9);
     let e = Run::start(&dir.path().join("wrong"), wrong).err().unwrap().to_string();
     assert!(e.contains("belongs to kind"), "{e}");
+}
+
+/// A model whose matrices are large enough for moments in 8 bits, trained by `kind`.
+fn large(dir: &Path, kind: &str, steps: usize, more: &str) -> Config {
+    let short = SHORT.replacen("steps = 12", &format!("steps = {steps}"), 1).replacen(
+        "[run]",
+        &format!("kind = \"{kind}\"\n[run]"),
+        1,
+    );
+    let mut c = config(dir, &format!("{short}{more}"));
+    (c.model.hidden, c.model.intermediate) = (Some(64), Some(132));
+    c
+}
+
+/// AdamW with moments in 8 bits: the first two losses are those of f32, since steps are made before moments are rounded; at
+/// the end it is no farther from f32 than f32's own runs with other seeds are from each other. Matrices of 64 x 64 and
+/// 64 x 132 have moments of 2 bytes and 8 / 256 for each element, the table and the norms of 8.
+#[test]
+fn moments_in_8_bits_learn_as_those_in_32() {
+    let dir = tempfile::tempdir().unwrap();
+    let trained = |name: &str, kind: &str, seed: u64| {
+        let mut c = large(dir.path(), kind, 40, "");
+        c.run.seed = Some(seed);
+        let folder = dir.path().join(name);
+        let mut run = Run::start(&folder, c).unwrap();
+        let bytes = run.learner().moments_bytes();
+        let held = go(&mut run).progress.held_back.unwrap();
+        let losses: Vec<f64> = losses(&folder)
+            .into_iter()
+            .filter(|(step, _)| *step <= 40)
+            .map(|(_, loss)| f64::from_bits(loss))
+            .collect();
+        (held, losses, bytes)
+    };
+    let (rounded, rounded_losses, rounded_bytes) = trained("rounded", "adamw8bit", 0);
+    let f32s = [0, 1, 2].map(|seed| trained(&format!("f32-{seed}"), "adamw", seed));
+    let (plain, plain_losses, bytes) = &f32s[0];
+    assert_eq!(rounded_losses.len(), 40);
+    for step in 0..2 {
+        let off = (rounded_losses[step] - plain_losses[step]).abs();
+        assert!(off < 1e-6 * plain_losses[step], "step {step}: off by {off:.1e}");
+    }
+    assert_ne!(rounded_losses[39], plain_losses[39]);
+    let seeds = f32s.iter().map(|f| f.0);
+    let spread = seeds.clone().fold(f64::MIN, f64::max) - seeds.fold(f64::MAX, f64::min);
+    println!(
+        "held-back loss {rounded:.4} in 8 bits, {plain:.4} in f32, of which seeds differ by {spread:.4}"
+    );
+    assert!((rounded - plain).abs() <= spread && *plain < 3.0, "{rounded} {plain} {spread}");
+    // Four matrices of attention and three of the MLP in each of two layers, in whole blocks of 256.
+    let blocks = 2 * (4 * 64 * 64 + 3 * 64 * 132) / 256;
+    let others = 257 * 64 + 5 * 64;
+    println!("moments: {rounded_bytes} bytes, {bytes} in f32");
+    assert_eq!((rounded_bytes, *bytes), (2 * 260 * blocks + 8 * others, 8 * (256 * blocks + others)));
+}
+
+#[test]
+fn moments_in_8_bits_are_taken_up_again_bit_for_bit() {
+    for (accumulate, more) in [(1, "dtype = \"bf16\"\n"), (2, "")] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = || large(dir.path(), "adamw8bit", 12, &format!("accumulate = {accumulate}\n{more}"));
+        let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+        let mut a = Run::start(&whole, config()).unwrap();
+        assert!(go(&mut a).complete);
+        let mut b = Run::start(&parts, config()).unwrap();
+        let stop = AtomicBool::new(false);
+        b.go(&stop, &mut |e| {
+            if matches!(e, Event::Step(s) if s.step == 7) {
+                stop.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        drop(b);
+        let mut b = Run::resume(&parts).unwrap();
+        assert_eq!(b.progress().step, 7);
+        assert!(go(&mut b).complete);
+        assert!(weights(&mut a) == weights(&mut b), "weights or moments differ");
+        assert_eq!(losses(&whole), losses(&parts));
+        // Their bytes lie in the checkpoint as they are; a run in f32 refuses it.
+        let newest = checkpoint::list(&parts.join("checkpoints")).unwrap().pop().unwrap();
+        let file = sparsam_formats::safetensors::File::open(&newest).unwrap();
+        let rounded = file.tensors().iter().filter(|t| t.dtype == sparsam_dtype::DType::U8).count();
+        assert_eq!(rounded, 2 * 14);
+        let mut other = Run::start(&dir.path().join("other"), large(dir.path(), "adamw", 12, "")).unwrap();
+        let e = checkpoint::load(&newest, other.learner()).unwrap_err().to_string();
+        assert!(e.contains("has another shape"), "{e}");
+    }
+}
+
+/// Moments in a file give the same bits as those in memory, when a run is taken up again too; they leave nothing in the
+/// folder, and no budget of memory counts them.
+#[test]
+fn moments_in_a_file_are_those_in_memory() {
+    for kind in ["adamw", "adamw8bit"] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = |paged: bool, memory: &str| {
+            let mut c = large(dir.path(), kind, 12, memory);
+            c.optimiser.paged = Some(paged);
+            c
+        };
+        let mut a = Run::start(&dir.path().join("memory"), config(false, "")).unwrap();
+        assert!(go(&mut a).complete && a.learner().paged_bytes() == 0);
+        let folder = dir.path().join("file");
+        let mut b = Run::start(&folder, config(true, "")).unwrap();
+        let moments = b.learner().moments_bytes();
+        assert!((moments..moments + 64 * 50).contains(&b.learner().paged_bytes()));
+        let stop = AtomicBool::new(false);
+        b.go(&stop, &mut |e| {
+            if matches!(e, Event::Step(s) if s.step == 7) {
+                stop.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        drop(b);
+        let mut b = Run::resume(&folder).unwrap();
+        assert!(go(&mut b).complete && b.learner().paged_bytes() >= moments);
+        assert!(weights(&mut a) == weights(&mut b), "{kind}: weights or moments differ");
+        let names = |folder: &Path| {
+            let mut names: Vec<_> =
+                std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&dir.path().join("memory")), names(&folder));
+        // What the least budget of memory is that the error names: without the moments, where these lie in a file.
+        let [memory, file] = [false, true].map(|paged| {
+            let refused = Run::start(&dir.path().join("no"), config(paged, "memory = \"1kB\"\n"));
+            let said = refused.err().unwrap().to_string();
+            let number = said.split("tokens take ").nth(1).unwrap().split(" MB").next().unwrap();
+            number.parse::<f64>().unwrap()
+        });
+        let saved = memory - file;
+        assert!((saved - moments as f64 / 1e6).abs() < 0.21, "{kind}: {saved} MB of {moments} bytes");
+    }
 }
 
 /// What the interpreter and the kernels make of a step in bf16 under a budget of memory is what the run takes.
