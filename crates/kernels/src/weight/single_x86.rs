@@ -5,7 +5,7 @@
 //! (AVX-512) or of 8 (AVX2, which goes over a block twice).
 //!
 //! VNNI sums products in 32 bits, which leaves room: codes are multiplied where they lie in their bytes, as multiples of
-//! a power of two, and one shift of the sum makes up for it ([`blocks::field`], [`blocks::sum_of`]). AVX2 sums in 16 bits and shifts
+//! a power of two, and one shift of the sum makes up for it (`field` and `sum_of` of [`blocks`]). AVX2 sums in 16 bits and shifts
 //! codes down first; codes up to 15 may be summed over a whole block there (8 x 2 x 15 x 127 = 30,480), others are widened
 //! at once.
 //!
