@@ -39,10 +39,7 @@ pub fn update(
     loss: impl FnOnce(&Trace) -> Tensor,
     optimiser: &Optimiser,
 ) -> Result<Graph, TraceError> {
-    let loss = loss(&t);
-    let (parameters, grads) = gradients(&t, &loss);
-    let norm = optimiser.update(&t, &parameters, &grads);
-    finish(&t, &loss, norm.as_ref())
+    one_step(t, loss, optimiser, |g| g)
 }
 
 /// As [`update`], by all processes of a group together, each of which has a part of the batch: what steps is the sum of
@@ -56,10 +53,20 @@ pub fn update_together(
     loss: impl FnOnce(&Trace) -> Tensor,
     optimiser: &Optimiser,
 ) -> Result<Graph, TraceError> {
+    one_step(t, loss, optimiser, |g| g.all_reduce())
+}
+
+#[track_caller]
+fn one_step(
+    t: Trace,
+    loss: impl FnOnce(&Trace) -> Tensor,
+    optimiser: &Optimiser,
+    reduced: impl Fn(Tensor) -> Tensor,
+) -> Result<Graph, TraceError> {
     let loss = loss(&t);
     let (parameters, grads) = gradients(&t, &loss);
-    let sums: Vec<Tensor> = grads.iter().map(Tensor::all_reduce).collect();
-    let norm = optimiser.update(&t, &parameters, &sums);
+    let grads: Vec<Tensor> = grads.into_iter().map(reduced).collect();
+    let norm = optimiser.update(&t, &parameters, &grads);
     finish(&t, &loss, norm.as_ref())
 }
 

@@ -36,6 +36,20 @@ fn go(run: &mut Run) -> sparsam_train::Finished {
     run.go(&AtomicBool::new(false), &mut |_| {}).unwrap()
 }
 
+/// Stops it behind step 7, with a checkpoint.
+fn stopped_behind_7(mut run: Run) -> sparsam_train::Finished {
+    let stop = AtomicBool::new(false);
+    let stopped = run
+        .go(&stop, &mut |e| {
+            if matches!(e, Event::Step(s) if s.step == 7) {
+                stop.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+    assert!(!stopped.complete && stopped.progress.step == 7);
+    stopped
+}
+
 fn weights(run: &mut Run) -> Vec<(String, Vec<u32>)> {
     let names = run.learner().kept();
     let bits = |run: &mut Run, name: &str| {
@@ -114,17 +128,8 @@ fn a_run_stopped_and_taken_up_again_is_the_run_that_was_not() {
         assert!(go(&mut a).complete);
 
         let parts = dir.path().join(format!("parts{accumulate}"));
-        let mut b = Run::start(&parts, config(dir.path(), &more)).unwrap();
-        let stop = AtomicBool::new(false);
-        let stopped = b
-            .go(&stop, &mut |e| {
-                if matches!(e, Event::Step(s) if s.step == 7) {
-                    stop.store(true, Ordering::Relaxed);
-                }
-            })
-            .unwrap();
-        assert!(!stopped.complete && stopped.progress.step == 7);
-        drop(b);
+        let b = Run::start(&parts, config(dir.path(), &more)).unwrap();
+        let stopped = stopped_behind_7(b);
         let mut b = Run::resume(&parts).unwrap();
         assert_eq!(b.progress(), &stopped.progress);
         assert!(go(&mut b).complete);
@@ -324,15 +329,8 @@ fn moments_in_8_bits_are_taken_up_again_bit_for_bit() {
         let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
         let mut a = Run::start(&whole, config()).unwrap();
         assert!(go(&mut a).complete);
-        let mut b = Run::start(&parts, config()).unwrap();
-        let stop = AtomicBool::new(false);
-        b.go(&stop, &mut |e| {
-            if matches!(e, Event::Step(s) if s.step == 7) {
-                stop.store(true, Ordering::Relaxed);
-            }
-        })
-        .unwrap();
-        drop(b);
+        let b = Run::start(&parts, config()).unwrap();
+        stopped_behind_7(b);
         let mut b = Run::resume(&parts).unwrap();
         assert_eq!(b.progress().step, 7);
         assert!(go(&mut b).complete);
@@ -366,14 +364,7 @@ fn moments_in_a_file_are_those_in_memory() {
         let mut b = Run::start(&folder, config(true, "")).unwrap();
         let moments = b.learner().moments_bytes();
         assert!((moments..moments + 64 * 50).contains(&b.learner().paged_bytes()));
-        let stop = AtomicBool::new(false);
-        b.go(&stop, &mut |e| {
-            if matches!(e, Event::Step(s) if s.step == 7) {
-                stop.store(true, Ordering::Relaxed);
-            }
-        })
-        .unwrap();
-        drop(b);
+        stopped_behind_7(b);
         let mut b = Run::resume(&folder).unwrap();
         assert!(go(&mut b).complete && b.learner().paged_bytes() >= moments);
         assert!(weights(&mut a) == weights(&mut b), "{kind}: weights or moments differ");

@@ -69,20 +69,14 @@ fn conflict(before: &Step, later: &Step) -> bool {
 mod tests {
     use super::super::fuse::fuse;
     use super::super::plan::plan;
-    use super::super::testing::on_program;
+    use super::super::testing::{on_program, three_layers};
     use super::*;
-    use sparsam_ir::{DType, Trace, grad};
+    use sparsam_ir::{DType, Trace};
 
     /// Three layers and their updates, with or without a common factor of all gradients.
     fn program(clip: bool, passes: &[fn(&mut Program)]) -> Program {
         let t = Trace::new().training(|_| true);
-        let mut x = t.input("x", &[2, 8], DType::F32);
-        for layer in ["a", "b", "c"] {
-            x = x.matmul(&t.weight(layer, &[8, 8])).tanh();
-        }
-        let loss = x.sum(&[0, 1]);
-        let parameters = t.parameters();
-        let mut gradients = grad(&loss, &parameters.iter().map(|(_, p)| p).collect::<Vec<_>>());
+        let (loss, parameters, mut gradients) = three_layers(&t);
         if clip {
             let norm = gradients.iter().map(|g| (g * g).sum(&[0, 1])).reduce(|a, b| a + b).unwrap().sqrt();
             gradients = gradients.iter().map(|g| g / &norm).collect();

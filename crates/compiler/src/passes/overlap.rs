@@ -36,20 +36,14 @@ mod tests {
     use super::super::hoist::hoist;
     use super::super::plan::plan;
     use super::super::schedule::schedule;
-    use super::super::testing::on_program;
+    use super::super::testing::{on_program, three_layers};
     use super::*;
-    use sparsam_ir::{DType, Trace, grad};
+    use sparsam_ir::{DType, Trace};
 
     /// Three layers and their gradients' sums, kept in states if `accumulated`; updates, if not.
     fn program(accumulated: bool, passes: &[fn(&mut Program)]) -> Program {
         let t = Trace::new().training(|_| true);
-        let mut x = t.input("x", &[2, 8], DType::F32);
-        for layer in ["a", "b", "c"] {
-            x = x.matmul(&t.weight(layer, &[8, 8])).tanh();
-        }
-        let loss = x.sum(&[0, 1]);
-        let parameters = t.parameters();
-        let gradients = grad(&loss, &parameters.iter().map(|(_, p)| p).collect::<Vec<_>>());
+        let (loss, parameters, gradients) = three_layers(&t);
         if accumulated {
             for ((name, _), g) in parameters.iter().zip(&gradients) {
                 let sum = t.state(&format!("grad.{name}"), &[8, 8], DType::F32);

@@ -3,13 +3,25 @@
 use crate::program::Program;
 use crate::{check, lower, reference};
 use sparsam_ir::interpret::{Leaves, Rounding, Value, interpret};
-use sparsam_ir::{DType, Graph, Op, Tensor, Trace, verify};
+use sparsam_ir::{DType, Graph, Op, Tensor, Trace, grad, verify};
 
 /// The graph of a function of a trace, its result named `y`.
 pub(crate) fn graph(f: impl Fn(&Trace) -> Tensor) -> Graph {
     let t = Trace::new();
     let y = f(&t);
     t.finish(&[("y", &y)]).unwrap()
+}
+
+/// Three layers over the input `x` in a trace under training: the loss, the layers' weights by name, their gradients.
+pub(crate) fn three_layers(t: &Trace) -> (Tensor, Vec<(String, Tensor)>, Vec<Tensor>) {
+    let mut x = t.input("x", &[2, 8], DType::F32);
+    for layer in ["a", "b", "c"] {
+        x = x.matmul(&t.weight(layer, &[8, 8])).tanh();
+    }
+    let loss = x.sum(&[0, 1]);
+    let parameters = t.parameters();
+    let gradients = grad(&loss, &parameters.iter().map(|(_, p)| p).collect::<Vec<_>>());
+    (loss, parameters, gradients)
 }
 
 fn leaves(graph: &Graph) -> Leaves {
